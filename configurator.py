@@ -1,0 +1,62 @@
+"""
+Overrides a script's settings, nanoGPT's way: its module-level globals are the settings, and
+
+    python train.py config/toy.py --batch_size=16
+
+first runs config/toy.py and takes the globals it sets, then the --key=value arguments, in the order given.
+Unlike nanoGPT's configurator an unknown key or a value of another type is an error that names the nearest setting.
+"""
+
+import ast
+import difflib
+import os
+import sys
+
+
+def fail(message):
+    """Bad input: one clear line on stderr, exit status 1."""
+    sys.exit(f"error: {message}")
+
+
+def configure(settings, argv=None):
+    """Applies argv (default: the command line) to `settings`, a script's globals(), in place.
+
+    Settings are the globals of type int, float, bool and str whose names do not begin with "_"; an override must have
+    the setting's type (an int is taken for a float).
+    Returns {name: value} of all settings. Exits with one line on an unknown setting, a wrong type or a missing file.
+    """
+    names = [k for k, v in settings.items() if not k.startswith("_") and type(v) in (int, float, bool, str)]
+
+    def override(name, value, where):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            fail(f"{where}: unknown setting '{name}'" + (f", did you mean '{near[0]}'?" if near else ""))
+        wanted = type(settings[name])
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            fail(f"{where}: {name} takes a value of type {wanted.__name__}, not {value!r}")
+        settings[name] = value
+
+    for arg in sys.argv[1:] if argv is None else argv:
+        if not arg.startswith("-"):
+            if not os.path.isfile(arg):
+                fail(f"config file {arg} does not exist (a setting is written --name=value)")
+            scope = {}
+            with open(arg) as f:
+                exec(compile(f.read(), arg, "exec"), scope)
+            for name, value in scope.items():
+                if not name.startswith("_"):
+                    override(name, value, arg)
+        else:
+            if not arg.startswith("--") or "=" not in arg:
+                fail(f"'{arg}': a setting is written --name=value")
+            name, text = arg[2:].split("=", 1)
+            value = text
+            if type(settings.get(name)) is not str:
+                try:
+                    value = ast.literal_eval(text)
+                except (SyntaxError, ValueError):
+                    pass  # stays a string, which override() refuses with the type it wanted
+            override(name, value, arg)
+    return {name: settings[name] for name in names}

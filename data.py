@@ -1,0 +1,142 @@
+"""
+Training examples on disk, and the scores of answers.
+
+An example is one JSON object: {"query": str, "documents": [str or {"title", "text"}, ...], "answer": str,
+"reranking_scores": [float, ...]?, "answers": [gold str, ...]?}; a file is JSON Lines or one JSON list.
+"""
+
+import json
+import math
+import mmap
+import os
+import re
+import string
+from array import array
+from collections import Counter
+
+
+def is_document(d):
+    """A string, or an object with a text and perhaps a title."""
+    if isinstance(d, dict):
+        return isinstance(d.get("text"), str) and isinstance(d.get("title", ""), str)
+    return isinstance(d, str)
+
+
+def check_example(x, need_answer, need_scores):
+    """Says in a few words what is wrong with a parsed example; None when it is good."""
+    if not isinstance(x, dict):
+        return "not a JSON object"
+    if not isinstance(x.get("query"), str) or not x["query"].strip():
+        return "'query' is missing or empty"
+    documents = x.get("documents")
+    if not isinstance(documents, list) or not documents:
+        return "no documents"
+    if not all(map(is_document, documents)):
+        return "a document is neither a string nor an object with 'title' and 'text'"
+    if not isinstance(x.get("answer"), str) and (need_answer or "answer" in x):
+        return "'answer' is missing or no string"
+    golds = x.get("answers", [])
+    if not isinstance(golds, list) or not all(isinstance(g, str) for g in golds):
+        return "'answers' is not a list of strings"
+    scores = x.get("reranking_scores")
+    if need_scores and scores is None:
+        return "'reranking_scores' is missing, and enable_reranking is True"
+    if scores is not None:
+        if not isinstance(scores, list) or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+            return "'reranking_scores' is not a list of numbers"
+        if len(scores) != len(documents):
+            return f"{len(documents)} documents but {len(scores)} reranking_scores"
+    return None
+
+
+class Examples:
+    """The examples of a .jsonl or .json file, read when asked for: memory holds two offsets an example, not the text.
+
+    Every example is parsed once here, so that a broken one stops a run at its start and not in its tenth hour.
+    Raises ValueError with file and line number for a broken or incomplete example, FileNotFoundError for a missing one.
+    """
+
+    def __init__(self, path, need_answer=True, need_scores=False):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} does not exist")
+        self.path = path
+        self.spans = array("q")  # start and end of example i at 2 i and 2 i + 1
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"{path} holds no examples")
+        with open(path, "rb") as f:
+            self.file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        for start, end in self.list_items() if path.endswith(".json") else self.lines():
+            try:
+                wrong = check_example(json.loads(self.file[start:end]), need_answer, need_scores)
+            except ValueError as e:  # JSON or UTF-8
+                wrong = f"broken JSON: {e}"
+            if wrong:
+                raise ValueError(self.at(start, wrong))
+            self.spans.extend((start, end))
+        if not self.spans:
+            raise ValueError(f"{path} holds no examples")
+
+    def at(self, offset, wrong):
+        line = self.file[:offset].count(b"\n") + 1
+        return f"{self.path}, line {line}: {wrong}"
+
+    def lines(self):
+        start = 0
+        for line in iter(self.file.readline, b""):
+            if line.strip():
+                yield start, start + len(line)
+            start += len(line)
+
+    def list_items(self):
+        """Spans of the objects of a JSON list, found by counting brackets outside strings."""
+        depth, end = 0, 0
+        for m in re.finditer(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', self.file, re.DOTALL):
+            c = m[0][:1]
+            if c in b"[{":
+                depth += 1
+                if depth == 2:
+                    start = m.start()
+                    if self.file[end:start].strip() != (b"[" if end == 0 else b","):
+                        raise ValueError(self.at(end, "broken JSON: a file ending in .json holds a list of objects"))
+            elif c in b"]}":
+                depth -= 1
+                if depth == 1:
+                    end = m.end()
+                    yield start, end
+        if depth != 0 or self.file[end:].strip() != b"]":
+            raise ValueError(self.at(end, "broken JSON: the list does not end as a list of objects does"))
+
+    def __len__(self):
+        return len(self.spans) // 2
+
+    def __getitem__(self, i):
+        return json.loads(self.file[self.spans[2 * i]:self.spans[2 * i + 1]])
+
+
+def normalize(text):
+    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def score(answer, golds):
+    """(exact match, F1, match), each the best over the gold answers; match: the gold answer is contained in the
+    answer. All on normalised text, as SQuAD's evaluation script (EM, F1) and BERGEN (match) count them."""
+    a = normalize(answer)
+    em = f1 = match = 0.0
+    for g in map(normalize, golds):
+        em = max(em, float(a == g))
+        match = max(match, float(g in a if g else a == g))
+        common = sum((Counter(a.split()) & Counter(g.split())).values())
+        if common:
+            f1 = max(f1, 2 * common / (len(a.split()) + len(g.split())))
+        elif not g and not a:
+            f1 = 1.0
+    return em, f1, match
+
+
+def mean_scores(answers, examples):
+    """The mean of score() over examples, against their gold answers or, where they have none, the teacher's answer:
+    {"em", "f1", "match"}."""
+    rows = [score(a, x.get("answers") or [x["answer"]]) for a, x in zip(answers, examples)]
+    return {name: sum(column) / len(rows) for name, column in zip(("em", "f1", "match"), zip(*rows))}

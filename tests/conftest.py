@@ -1,0 +1,109 @@
+"""Tiny random models of every architecture that the tests name, made once a session."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once instead of asking the hub
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    RobertaConfig,
+    logging,
+)
+
+logging.disable_progress_bar()
+TEXT = ["Extract the facts that matter from the background and answer as briefly as possible. Question: who is it?",
+        "Mara keeps a red hound near the river. The mayor of Loku is Tuson; the bridge is made of stone.\n\nBackground:"]
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+           "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+           "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}")
+DECODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+               max_position_embeddings=512)
+ENCODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+
+
+def save_tokenizer(folder, template=None, encoder=False):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["[PAD]", "[CLS]", "[SEP]", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    kwargs = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]") if encoder else dict(
+        bos_token="<s>", eos_token="</s>", chat_template=template)
+    if not encoder:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **kwargs)
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """name -> folder of a tiny random model, in the layout of the hub."""
+    root = tmp_path_factory.mktemp("models")
+    made = {}
+
+    def make(name):
+        if name in made:
+            return made[name]
+        folder = str(root / name)
+        template = {"mistral": MISTRAL, "gemma2": MISTRAL, "gpt2": None}.get(name, CHATML)
+        encoder = name in ("modernbert", "bert", "roberta")
+        V = save_tokenizer(folder, template, encoder)
+        ends = dict(bos_token_id=3, eos_token_id=4, pad_token_id=None)
+        config = {
+            "llama": lambda: LlamaConfig(vocab_size=V, **DECODER, **ends),
+            "llama_small": lambda: LlamaConfig(vocab_size=V, **{**DECODER, "hidden_size": 16}, **ends),
+            "mistral": lambda: MistralConfig(vocab_size=V, **DECODER, **ends),
+            "qwen2": lambda: Qwen2Config(vocab_size=V, **DECODER, **ends),
+            "gemma2": lambda: Gemma2Config(vocab_size=V, head_dim=8, **DECODER, **{**ends, "pad_token_id": 0}),
+            "gemma3": lambda: Gemma3TextConfig(vocab_size=V, head_dim=8, sliding_window=256, sliding_window_pattern=2,
+                                               **DECODER, **{**ends, "pad_token_id": 0}),
+            "gpt2": lambda: GPT2Config(vocab_size=V, n_embd=32, n_layer=4, n_head=4, n_positions=512, **ends),
+            "modernbert": lambda: ModernBertConfig(vocab_size=V, **ENCODER, pad_token_id=0, cls_token_id=1,
+                                                   sep_token_id=2, global_attn_every_n_layers=2, local_attention=16),
+            "bert": lambda: BertConfig(vocab_size=V, **ENCODER),
+            "roberta": lambda: RobertaConfig(vocab_size=V, **ENCODER, pad_token_id=0),
+        }[name]()
+        torch.manual_seed(len(made))
+        model = (AutoModel if encoder else AutoModelForCausalLM).from_config(config)
+        with torch.no_grad():  # larger than the usual 0.02, so that what is wrong shows
+            for p in model.parameters():
+                if p.dim() >= 2:
+                    p.mul_(5)
+        model.save_pretrained(folder)
+        made[name] = folder
+        return folder
+
+    return make
+
+
+EXAMPLES = [
+    dict(query="who is the mayor of Loku?", documents=["The mayor of Loku is Tuson.", {"title": "Loku", "text": "A town."},
+         "Mara keeps a red hound near the river."], answer="Tuson", reranking_scores=[3.0, 1.0, -2.0]),
+    dict(query="who keeps it?", documents=["Mara keeps a hound; the bridge is made of stone and the river is near."],
+         answer="Mara keeps the hound.", reranking_scores=[0.5]),
+    dict(query="what is the bridge made of, and who is it that made it?", documents=["stone", "The bridge is stone."],
+         answer="stone", reranking_scores=[1.5, 2.5]),
+]
+
+
+@pytest.fixture
+def examples():
+    return [dict(x) for x in EXAMPLES]

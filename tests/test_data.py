@@ -1,0 +1,98 @@
+"""Reading examples, scoring answers, overriding settings."""
+
+import json
+
+import pytest
+
+from configurator import configure
+from data import Examples, mean_scores, score
+
+GOOD = dict(query="who?", documents=["a", {"title": "T", "text": "b"}], answer="x", reranking_scores=[1, 2.5], answers=["x"])
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_jsonl_and_json_give_the_same_examples(tmp_path):
+    examples = [{**GOOD, "query": f"who {i}? ]}}[{{ \"quoted\\\" ü 中"} for i in range(5)]
+    lines = write(tmp_path / "a.jsonl", "\n".join(json.dumps(x, ensure_ascii=False) for x in examples) + "\n\n")
+    compact = write(tmp_path / "a.json", json.dumps(examples))
+    pretty = write(tmp_path / "b.json", json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
+    for path in (lines, compact, pretty):
+        data = Examples(path, need_scores=True)
+        assert [data[i] for i in range(len(data))] == examples
+
+
+BROKEN = [
+    ('{"query": "q", "documents": ["d"], "answer"', "broken JSON"),
+    ('["q"]', "not a JSON object"),
+    (json.dumps({**GOOD, "query": " "}), "'query' is missing or empty"),
+    (json.dumps({**GOOD, "documents": []}), "no documents"),
+    (json.dumps({**GOOD, "documents": [3, 4]}), "a document is neither"),
+    (json.dumps({k: v for k, v in GOOD.items() if k != "answer"}), "'answer' is missing or no string"),
+    (json.dumps({k: v for k, v in GOOD.items() if k != "reranking_scores"}), "'reranking_scores' is missing"),
+    (json.dumps({**GOOD, "reranking_scores": [1]}), "2 documents but 1 reranking_scores"),
+    (json.dumps({**GOOD, "reranking_scores": [1, "2"]}), "'reranking_scores' is not a list of numbers"),
+    (json.dumps({**GOOD, "reranking_scores": [1, float("nan")]}), "'reranking_scores' is not a list of numbers"),
+    (json.dumps({**GOOD, "answers": "x"}), "'answers' is not a list of strings"),
+]
+
+
+@pytest.mark.parametrize("line,wrong", BROKEN)
+def test_a_broken_example_is_named_by_file_and_line(tmp_path, line, wrong):
+    path = write(tmp_path / "a.jsonl", json.dumps(GOOD) + "\n\n" + line + "\n" + json.dumps(GOOD) + "\n")
+    with pytest.raises(ValueError, match="a.jsonl, line 3: ") as e:
+        Examples(path, need_scores=True)
+    assert wrong in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text,line", [
+    ('[\n{good},\n{"query": "q"}\n]', 3), ("[\n{good},\n1,\n{good}]", 2), ("[\n{good}\n{good}]", 2), ("[\n{good},\n", 2),
+    ('[\n{good},\n{"query": "q', 2), ("{good}", 1), ("[\n{good}]\n]", 2)])
+def test_a_broken_json_list(tmp_path, text, line):
+    path = write(tmp_path / "a.json", text.replace("{good}", json.dumps(GOOD)))
+    with pytest.raises(ValueError, match=f"a.json, line {line}: "):
+        Examples(path)
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl does not exist"):
+        Examples("nowhere.jsonl")
+    for text in ("", "\n\n"):
+        with pytest.raises(ValueError, match="holds no examples"):
+            Examples(write(tmp_path / "a.jsonl", text))
+
+
+def test_scores():
+    # worked by hand from SQuAD's definition
+    assert score("The Eiffel Tower!", ["eiffel tower"]) == (1.0, 1.0, 1.0)
+    assert score("in Paris, France", ["Paris"]) == (0.0, 0.5, 1.0)
+    assert score("London", ["Paris", "Rome"]) == (0.0, 0.0, 0.0)
+    assert score("the cat sat", ["a cat sat down", "dog"]) == (0.0, 0.8, 0.0)
+    assert score("", [""]) == (1.0, 1.0, 1.0)
+    assert mean_scores(["x", "y"], [dict(answer="x"), dict(answer="y", answers=["z"])]) == dict(em=0.5, f1=0.5, match=0.5)
+
+
+SETTINGS = dict(batch_size=4, lr=1e-3, name="n", flag=False, _private=1, other=[1])
+
+
+def test_overrides_in_order(tmp_path):
+    settings = dict(SETTINGS)
+    file = write(tmp_path / "c.py", "n = 3\nbatch_size = 2 * n\nname = 'file'\ndel n\n")
+    config = configure(settings, [file, "--name=arg", "--lr=1", "--flag=True"])
+    assert config == dict(batch_size=6, lr=1.0, name="arg", flag=True)
+    assert settings["batch_size"] == 6 and type(settings["lr"]) is float
+    assert configure(dict(SETTINGS), ["--name=3"])["name"] == "3"
+
+
+@pytest.mark.parametrize("args,wrong", [
+    (["--batchsize=3"], "unknown setting 'batchsize', did you mean 'batch_size'?"), (["--_private=3"], "unknown setting"),
+    (["--batch_size=3.5"], "batch_size takes a value of type int"), (["--batch_size=four"], "of type int, not 'four'"),
+    (["--flag=1"], "flag takes a value of type bool"), (["--lr=True"], "lr takes a value of type float"),
+    (["--batch_size"], "written --name=value"), (["batch_size=3"], "does not exist"), (["config/none.py"], "does not exist")])
+def test_bad_settings(args, wrong):
+    with pytest.raises(SystemExit) as e:
+        configure(dict(SETTINGS), args)
+    assert wrong in str(e.value) and "\n" not in str(e.value)
