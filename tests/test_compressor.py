@@ -1,0 +1,131 @@
+"""The packed compressor against separate passes, the first N layers against the whole model, padding against none."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, Lfm2Config
+
+from compressor import ModernBERTCompressor, NLayersCompressor, left_pad
+
+QUERIES = ["who is the mayor of Loku?", "it?"]
+DOCUMENTS = [["The mayor of Loku is Tuson.", "red", "Mara keeps a hound near the river. The bridge is made of stone."],
+             ["the bridge"]]
+DECODERS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "gpt2"]
+
+
+def n_layers(folder, **kwargs):
+    torch.manual_seed(0)
+    return NLayersCompressor(folder, **{**dict(num_layers=2, num_memory_tokens=3, enable_reranking=True), **kwargs}).eval()
+
+
+def separate(c, query, document):
+    """One causal pass over [query document MEM RR], without mask, positions or padding of ours."""
+    ids = c.start + c.tokens([query], c.query_tokens)[0] + c.between + c.tokens([document], c.doc_tokens)[0] + c.end
+    x = torch.cat([c.backbone.get_input_embeddings()(torch.tensor([ids])), c.learned_tokens()[None]], dim=1)
+    h = c.backbone(inputs_embeds=x).last_hidden_state[:, len(ids):]
+    return h[0, :-1], c.score_head(h[0, -1])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_equals_separate_passes(tiny, name):
+    c = n_layers(tiny(name))
+    memory, scores = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))  # rows of unequal length and missing documents
+    assert memory.shape == (2, 4, 3, 32) and scores.shape == (2, 4)
+    assert memory.isfinite().all() and scores.isfinite().all()
+    for b in range(2):
+        for i, document in enumerate(DOCUMENTS[b]):
+            m, s = separate(c, QUERIES[b], document)
+            torch.testing.assert_close(memory[b, i], m, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(scores[b, i], s[0], atol=1e-4, rtol=1e-4)
+    alone, _ = c(**c.tokenize(QUERIES[:1], [DOCUMENTS[0][:1]], k=1))  # no padding at all
+    torch.testing.assert_close(alone[0, 0], memory[0, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_packed_gradients_equal_separate_ones(tiny):
+    c = n_layers(tiny("llama"))
+    read_out = torch.randn(3, 3, 32)
+    memory, _ = c(**c.tokenize(QUERIES[:1], DOCUMENTS[:1], k=3))
+    packed = torch.autograd.grad((memory[0] * read_out).sum(), [c.memory_tokens, *c.backbone.parameters()])
+    one_by_one = torch.stack([separate(c, QUERIES[0], d)[0] for d in DOCUMENTS[0]])
+    apart = torch.autograd.grad((one_by_one * read_out).sum(), [c.memory_tokens, *c.backbone.parameters()])
+    for p, a in zip(packed, apart):
+        torch.testing.assert_close(p / a.abs().max(), a / a.abs().max(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_first_layers_are_the_whole_models(tiny, name):
+    c = n_layers(tiny(name))
+    whole = AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32).eval()
+    ids = torch.randint(5, 300, (2, 11), generator=torch.Generator().manual_seed(0))
+    hidden = whole(ids, output_hidden_states=True).hidden_states[2]  # behind the second layer
+    norm = getattr(whole.base_model, "norm", None) or whole.base_model.ln_f
+    torch.testing.assert_close(c.backbone(ids).last_hidden_state, norm(hidden), atol=1e-4, rtol=1e-4)
+    c.memory_tokens.sum().backward()  # a copy: training it leaves the generator alone
+    assert not {p.data_ptr() for p in c.backbone.parameters()} & {p.data_ptr() for p in whole.parameters()}
+
+
+@pytest.mark.parametrize("name", ["modernbert", "bert", "roberta", "llama_small"])
+def test_modernbert_rows_equal_plain_passes_without_padding(tiny, name):
+    torch.manual_seed(0)
+    c = ModernBERTCompressor(tiny(name), generator_hidden=24, projection_hidden=20, num_memory_tokens=3,
+                             enable_reranking=True).eval()
+    memory, scores = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))
+    assert memory.shape == (2, 4, 3, 24) and memory.isfinite().all() and scores.isfinite().all()
+    backbone = AutoModel.from_pretrained(tiny(name), dtype=torch.float32).eval()
+    t = c.tokenizer
+    for b in range(2):
+        for i, document in enumerate(DOCUMENTS[b]):
+            if name == "llama_small":
+                ids = t(QUERIES[b] + "\n").input_ids + t(document, add_special_tokens=False).input_ids
+            else:
+                q, d = (t(text, add_special_tokens=False).input_ids for text in (QUERIES[b], document))
+                ids = [t.cls_token_id, *q, t.sep_token_id, *d, t.sep_token_id]
+            x = torch.cat([backbone.get_input_embeddings()(torch.tensor([ids])), c.learned_tokens()[None]], dim=1)
+            h = backbone(inputs_embeds=x).last_hidden_state[0, len(ids):]
+            torch.testing.assert_close(memory[b, i], c.projection(h[:-1]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(scores[b, i], c.score_head(h[-1])[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["n_layers", "modernbert"])
+def test_query_and_document_do_not_share_their_tokens(tiny, kind):
+    """A query and a document at their limits are read whole, what goes beyond is not."""
+    sizes = dict(num_memory_tokens=2, query_tokens=4, doc_tokens=6)
+    c = (n_layers(tiny("llama"), **sizes) if kind == "n_layers" else
+         ModernBERTCompressor(tiny("bert"), 24, 20, **sizes)).eval()
+    words = "a b c d e f g h i j".split()
+    def memory(q, d):
+        return c(**c.tokenize([" ".join(words[:q])], [[" ".join(words[:d])]], k=1))[0]
+    tokens = [len(c.tokens([" ".join(words[:n])], 99)[0]) for n in range(11)]
+    q, d = tokens.index(4), tokens.index(6)
+    torch.testing.assert_close(memory(q, d), memory(10, 10))
+    for shorter in (memory(q - 1, d), memory(q, d - 1)):
+        assert (shorter - memory(q, d)).abs().max() > 1e-3
+
+
+def test_num_layers_beyond_the_backbone(tiny):
+    with pytest.raises(ValueError, match="num_layers=5, but .* has 4 layers"):
+        n_layers(tiny("llama"), num_layers=5)
+
+
+def test_a_document_longer_than_the_attention_window_is_refused(tiny):
+    with pytest.raises(ValueError, match="attention window"):
+        n_layers(tiny("gemma3"), doc_tokens=300)
+
+
+def test_a_document_longer_than_the_learned_positions_is_refused(tiny):
+    for build in (lambda **k: n_layers(tiny("gpt2"), **k), lambda **k: ModernBERTCompressor(tiny("bert"), 24, 20, **k)):
+        with pytest.raises(ValueError, match="are longer than the compressor's 512 positions"):
+            build(doc_tokens=500)
+
+
+def test_layers_that_carry_one_document_into_the_next_are_refused(tmp_path):
+    config = Lfm2Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+                        num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layers of type conv"):
+        n_layers(str(tmp_path))
+
+
+def test_left_pad():
+    ids, mask = left_pad([[5], [6, 7, 8], []])
+    assert ids.tolist() == [[0, 0, 5], [6, 7, 8], [0, 0, 0]]
+    assert mask.tolist() == [[False, False, True], [True] * 3, [False] * 3]
