@@ -1,0 +1,380 @@
+"""
+ScaleDown: a compressor and a generator with LoRA, trained together (OSCAR, arXiv 2504.07109, section 3).
+
+    memory, scores = compressor(query, documents)         # k documents -> k * l embeddings
+    answer         = generator(prompt with the memory where the documents' text would stand)
+
+B queries, k documents each, l memory tokens a document, d the generator's hidden size.
+"""
+
+import json
+import os
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, left_pad
+from lora import adapter_off, apply_lora, load_lora, save_lora
+
+SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
+SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
+
+
+def document_text(document):
+    """A document as the models read it: a string, or the title on a line of its own before the text."""
+    if isinstance(document, str):
+        return document
+    return f"{document.get('title', '')}\n{document['text']}".strip()
+
+
+class Prompt:
+    """The generator's prompt, rendered once by its chat template and cut where documents, query and answer go:
+
+        before | documents | between | query | after | answer_start | answer | end
+
+    A template without a system role gets the system line in the user's turn, a tokeniser without a template plain text.
+    """
+
+    def __init__(self, tokenizer, with_documents=True):
+        self.tokenizer = tokenizer
+        D, Q, A = "[[documents]]", "[[query]]", "[[answer]]"
+        system = SYSTEM if with_documents else SYSTEM_NO_DOCUMENTS
+        user = f"Background:\n{D}\n\nQuestion: {Q}" if with_documents else f"Question: {Q}"
+        if tokenizer.chat_template is None:
+            bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else None
+            text, answer_start, end = f"{bos or ''}{system}\n\n{user}\n\nAnswer:", " ", ""
+        else:
+            def render(messages, **kwargs):
+                # enable_thinking: models that can reason aloud first (Qwen3) answer at once; others ignore it
+                return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **kwargs)
+            answer = dict(role="assistant", content=A)
+            messages = [dict(role="system", content=system), dict(role="user", content=user)]
+            try:
+                text, whole = render(messages, add_generation_prompt=True), render(messages + [answer])
+            except Exception:  # a template refuses a role by raising, each in its own way
+                text = whole = ""
+            if system not in text or not whole.startswith(text):
+                messages = [dict(role="user", content=f"{system}\n\n{user}")]
+                text, whole = render(messages, add_generation_prompt=True), render(messages + [answer])
+            if not whole.startswith(text):
+                raise ValueError("the chat template does not write an answer behind its own generation prompt")
+            # what a template puts between its generation prompt and an answer, such as a space
+            answer_start, end = whole[len(text):].split(A)
+        self.before, rest = text.split(D) if with_documents else ("", text)
+        self.between, self.after = rest.split(Q)
+        self.answer_start = answer_start
+        special = [t for t in self.ids(end.strip())[:1] if t in tokenizer.get_added_vocab().values()]
+        self.end_id = special[0] if special else tokenizer.eos_token_id
+        if self.end_id is None:
+            raise ValueError("the generator's tokeniser has neither an end-of-turn token nor an eos_token")
+
+    def ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def cut(self, texts, max_tokens):
+        """Each text cut behind its first max_tokens tokens."""
+        offsets = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens,
+                                 return_offsets_mapping=True).offset_mapping
+        return [text[:o[-1][1]] if o else "" for text, o in zip(texts, offsets)]
+
+    def text(self, query, documents=()):
+        """The whole prompt as text, up to where the answer begins."""
+        return self.before + "\n\n".join(documents) + self.between + query + self.after
+
+    def answer_ids(self, answers, max_tokens):
+        """Token ids of each answer and its end of turn, at most max_tokens. Tokenised behind what stands before it,
+        because many tokenisers write a word differently at the start of a text."""
+        skip = len(self.ids(self.after))
+        rows = self.ids([self.after + self.answer_start + a for a in answers])
+        return [(row[skip:] + [self.end_id])[:max_tokens] for row in rows]
+
+
+@dataclass
+class ScaleDownConfig:
+    generator: str = "mistralai/Mistral-7B-Instruct-v0.2"
+    compressor_type: str = "n_layers"  # or modernbert
+    num_layers: int = 8  # n_layers: how many of the generator's layers
+    compressor_model: str = "answerdotai/ModernBERT-base"  # modernbert: any encoder or small decoder
+    projection_hidden: int = 8096  # modernbert: hidden size of the projection (Table 7)
+    num_memory_tokens: int = 8  # l
+    enable_reranking: bool = False
+    rerank_lambda: float = 0.05
+    query_tokens: int = 64
+    doc_tokens: int = 128
+    answer_tokens: int = 128
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+
+
+class ScaleDown(nn.Module):
+    def __init__(self, config, dtype=torch.float32):
+        """dtype: of the frozen generator. What is trained (compressor, LoRA) is float32.
+        Raises ValueError for settings that do not fit the models, OSError for models that cannot be found."""
+        super().__init__()
+        self.config = c = config
+        if min(c.num_memory_tokens, c.query_tokens, c.doc_tokens, c.answer_tokens, c.lora_r) < 1:
+            raise ValueError("num_memory_tokens, query_tokens, doc_tokens, answer_tokens and lora_r must be at least 1")
+        self.generator = AutoModelForCausalLM.from_pretrained(c.generator, dtype=dtype)
+        apply_lora(self.generator, c.lora_r, c.lora_alpha, c.lora_dropout)
+        self.tokenizer = AutoTokenizer.from_pretrained(c.generator)
+        self.prompt, self.prompt_no_documents = Prompt(self.tokenizer), Prompt(self.tokenizer, with_documents=False)
+        embed = self.generator.get_input_embeddings()
+        hidden = embed.embedding_dim
+        sizes = dict(num_memory_tokens=c.num_memory_tokens, enable_reranking=c.enable_reranking,
+                     query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
+        if c.compressor_type == "n_layers":
+            self.compressor = NLayersCompressor(c.generator, c.num_layers, **sizes)
+        elif c.compressor_type == "modernbert":
+            self.compressor = ModernBERTCompressor(c.compressor_model, hidden, c.projection_hidden, **sizes)
+        else:
+            raise ValueError(f"compressor_type is n_layers or modernbert, not '{c.compressor_type}'")
+        self.sep = nn.Parameter(embedding_std(embed) * torch.randn(hidden))  # stands between two documents
+        self.register_buffer("before_ids", torch.tensor(self.prompt.ids(self.prompt.before)), persistent=False)
+        eos = self.generator.generation_config.eos_token_id
+        self.stop_ids = [self.prompt.end_id] + (eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+    @property
+    def device(self):
+        return self.sep.device
+
+    # ---- text -> tensors
+
+    def collate(self, examples, num_documents=None):
+        """Examples (see data.py) -> a batch of CPU tensors for forward(). k is num_documents (further documents are
+        left out, missing ones masked), or else the largest number of documents there is. Without answers: a prompt to
+        generate from. Raises ValueError for an empty query or a query without documents."""
+        documents = [[document_text(d) for d in x["documents"]][:num_documents] for x in examples]
+        for x, docs in zip(examples, documents):
+            if not x["query"].strip():
+                raise ValueError("empty query")
+            if not docs:
+                raise ValueError(f"no documents for the query '{x['query']}'")
+        k = num_documents or max(len(docs) for docs in documents)
+        queries = [x["query"].strip() for x in examples]
+        present = torch.arange(k) < torch.tensor([len(docs) for docs in documents])[:, None]  # (B, k)
+        batch = dict(compressor=self.compressor.tokenize(queries, documents, k), present=present)
+        tails = self.prompt.ids([self.prompt.between + q + self.prompt.after
+                                 for q in self.prompt.cut(queries, self.config.query_tokens)])
+        if "answer" in examples[0]:
+            answers = self.prompt.answer_ids([x["answer"] for x in examples], self.config.answer_tokens)
+            tails = [t + a for t, a in zip(tails, answers)]
+            ids, mask = left_pad(answers)
+            batch["labels"] = ids.masked_fill(~mask, -100)  # (B, A)
+        batch["tail_ids"], batch["tail_mask"] = left_pad(tails)  # (B, T): `between query after [answer]`
+        if self.config.enable_reranking and "reranking_scores" in examples[0]:
+            batch["scores"] = torch.tensor([(x["reranking_scores"][:k] + [0.0] * k)[:k] for x in examples])  # (B, k)
+        return batch
+
+    def to_device(self, batch):
+        return {name: self.to_device(t) if isinstance(t, dict) else t.to(self.device, non_blocking=True)
+                for name, t in batch.items()}
+
+    # ---- compressed prompt, loss
+
+    def prompt_embeddings(self, memory, batch):
+        """memory (B, k, l, d) -> embeddings (B, P, d) and mask (B, P) of
+        `before | MEM of doc 1, SEP, MEM of doc 2, SEP, .. MEM of doc k | between query after [answer]`."""
+        (B, k, l, d), present = memory.shape, batch["present"]
+        embed = self.generator.get_input_embeddings()
+        before, tail = embed(self.before_ids), embed(batch["tail_ids"])
+        documents = torch.cat([memory, self.sep.expand(B, k, 1, d)], dim=2).flatten(1, 2)[:, :-1].to(tail.dtype)
+        next_present = F.pad(present[:, 1:], (0, 1))  # a SEP stands only before a document that is there
+        real = torch.cat([present[:, :, None].expand(B, k, l), next_present[:, :, None]], dim=2).flatten(1)[:, :-1]
+        mask = torch.cat([real.new_ones(B, len(before)), real, batch["tail_mask"]], dim=1)
+        return torch.cat([before.expand(B, -1, -1), documents, tail], dim=1), mask
+
+    def forward(self, batch, num_answer_tokens=None, num_queries=None):
+        """The loss (paper, section 3): cross-entropy on the teacher's answer tokens, their mean, plus, when reranking,
+        rerank_lambda * the sum over documents of (score - teacher's score)^2, its mean over queries.
+
+        num_answer_tokens, num_queries: what to divide the sums by, where the batch is a part of a larger one (gradient
+        accumulation); the batch's own counts by default.
+        Returns loss, {"generation": .., "reranking": ..} (the second only when reranking, before lambda).
+        """
+        labels = batch["labels"]  # (B, A), -100 = padding
+        memory, scores = self.compressor(**batch["compressor"])
+        x, mask = self.prompt_embeddings(memory, batch)
+        # the answer stands at the last A positions; each token is predicted from the position before it
+        logits = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                                use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        loss = loss / ((labels != -100).sum() if num_answer_tokens is None else num_answer_tokens)
+        parts = {"generation": loss.detach()}
+        if self.config.enable_reranking:
+            error = ((scores.float() - batch["scores"]) ** 2 * batch["present"]).sum()
+            error = error / (len(labels) if num_queries is None else num_queries)
+            parts["reranking"] = error.detach()
+            loss = loss + self.config.rerank_lambda * error
+        return loss, parts
+
+    # ---- inference
+
+    @contextmanager
+    def evaluating(self):
+        """No dropout within it."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def compress(self, queries, documents):
+        """B queries, B lists of documents -> memory (B, k, l, d), scores (B, k) or None. k: the longest list's length;
+        what stands for a missing document means nothing."""
+        batch = self.to_device(self.collate([dict(query=q, documents=d) for q, d in zip(queries, documents)]))
+        with self.evaluating():
+            return self.compressor(**batch["compressor"])
+
+    def full_prompts(self, queries, documents, mode="full"):
+        """The prompts as text: for mode full the documents' own text, each cut to doc_tokens of the generator's
+        tokens; no documents for none."""
+        prompt = self.prompt if mode == "full" else self.prompt_no_documents
+        queries = prompt.cut([q.strip() for q in queries], self.config.query_tokens)
+        if mode == "none":
+            return [prompt.text(q) for q in queries]
+        return [prompt.text(q, prompt.cut([document_text(d) for d in docs], self.config.doc_tokens))
+                for q, docs in zip(queries, documents)]
+
+    @torch.no_grad()
+    def embed_prompts(self, queries, documents, mode="compressed"):
+        """B queries and B lists of documents -> what the generator reads: embeddings (B, P, d) and mask (B, P)."""
+        if mode == "compressed":
+            batch = self.to_device(self.collate([dict(query=q, documents=d) for q, d in zip(queries, documents)]))
+            return self.prompt_embeddings(self.compressor(**batch["compressor"])[0], batch)
+        if not all(q.strip() for q in queries) or mode == "full" and not all(documents):
+            raise ValueError("empty query, or a query without documents")
+        ids, mask = left_pad(self.prompt.ids(self.full_prompts(queries, documents, mode)))
+        return self.generator.get_input_embeddings()(ids.to(self.device)), mask.to(self.device)
+
+    def generate(self, queries, documents, max_new_tokens=None, temperature=0.0, top_k=0, mode="compressed"):
+        """Answers (B strings) to B queries over B lists of documents.
+
+        mode: compressed; full (the same prompt with the documents' text, adapter off: the uncompressed model); none (no
+        documents, adapter off). temperature 0 is greedy; top_k 0 samples from all tokens. max_new_tokens: answer_tokens
+        by default. Raises ValueError for an empty query or, unless mode is none, for no documents.
+        """
+        if mode not in ("compressed", "full", "none"):
+            raise ValueError(f"mode is compressed, full or none, not '{mode}'")
+        with self.evaluating(), nullcontext() if mode == "compressed" else adapter_off(self.generator):
+            x, mask = self.embed_prompts(queries, documents, mode)
+            return self.decode(x, mask, max_new_tokens or self.config.answer_tokens, temperature, top_k)
+
+    @torch.no_grad()
+    def decode(self, x, mask, max_new_tokens, temperature, top_k):
+        """Prompt embeddings x (B, P, d) and mask (B, P) -> B answers, token by token with a key-value cache."""
+        embed = self.generator.get_input_embeddings()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, tokens = None, []
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        stop = torch.tensor(self.stop_ids, device=x.device)
+        for _ in range(max_new_tokens):
+            out = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                 use_cache=True, logits_to_keep=1)
+            logits, cache = out.logits[:, -1].float(), out.past_key_values
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, float("-inf"))
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1).squeeze(1)
+            done = done | torch.isin(token, stop)
+            tokens.append(token.masked_fill(done, self.prompt.end_id))
+            if done.all():
+                break
+            x, positions = embed(token)[:, None], positions[:, -1:] + 1
+            mask = F.pad(mask, (0, 1), value=True)
+        rows = torch.stack(tokens, 1).tolist()
+        rows = [row[:row.index(self.prompt.end_id)] if self.prompt.end_id in row else row for row in rows]
+        return [a.strip() for a in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def nearest_tokens(self, memory, n=5):
+        """memory (B, k, l, d) -> B lists of k lists of l lists of the n vocabulary tokens whose output embeddings lie
+        nearest (cosine) to each memory embedding (paper, Figure 8)."""
+        head = self.generator.get_output_embeddings().weight  # (V, d)
+        similarity = F.normalize(memory.float(), dim=-1) @ F.normalize(head.float(), dim=-1).T
+        return [[[[self.tokenizer.decode([i]).strip() for i in slot] for slot in document] for document in row]
+                for row in similarity.topk(n).indices.tolist()]
+
+    # ---- training, checkpoints
+
+    def configure_optimizers(self, generator_lr, compressor_lr, weight_decay, betas, fused=False):
+        """AdamW with a learning rate for the LoRA and one for the compressor (its memory tokens and SEP with it).
+        Weight decay on matrices only."""
+        groups = []
+        for lr, parameters in ((generator_lr, self.generator.parameters()),
+                               (compressor_lr, [*self.compressor.parameters(), self.sep])):
+            parameters = [p for p in parameters if p.requires_grad]
+            groups.append(dict(params=[p for p in parameters if p.dim() >= 2], lr=lr, weight_decay=weight_decay))
+            groups.append(dict(params=[p for p in parameters if p.dim() < 2], lr=lr, weight_decay=0.0))
+        return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=fused)
+
+    def enable_gradient_checkpointing(self):
+        """Recompute activations in the backward pass: less memory, about a third more time."""
+        for backbone in (self.generator, self.compressor.backbone):
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+
+    def backbone_shape(self):
+        c = self.generator.config
+        return dict(model_type=c.model_type, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers,
+                    vocab_size=c.vocab_size)
+
+    def save(self, out_dir):
+        """Writes config.json, compressor.safetensors and the LoRA in PEFT's format; not the frozen generator."""
+        save_lora(self.generator, out_dir, self.config.generator)
+        tensors = {f"compressor.{name}": t for name, t in self.compressor.state_dict().items()}
+        save_file({**tensors, "sep": self.sep.detach()}, os.path.join(out_dir, "compressor.safetensors"))
+        with open(os.path.join(out_dir, "config.json"), "w") as f:
+            json.dump({**asdict(self.config), "generator_shape": self.backbone_shape()}, f, indent=2)
+
+    def load(self, out_dir):
+        """Loads the weights of a checkpoint into this model. Raises ValueError when they are of another backbone or of
+        other sizes, OSError when there is no checkpoint."""
+        saved, _ = read_config(out_dir)
+        if saved["generator_shape"] != self.backbone_shape():
+            raise ValueError(f"the checkpoint {out_dir} was trained with another generator: its is "
+                             f"{saved['generator_shape']}, {self.config.generator} is {self.backbone_shape()}")
+        tensors = load_file(os.path.join(out_dir, "compressor.safetensors"))
+        own = {**{f"compressor.{name}": p for name, p in self.compressor.state_dict().items()}, "sep": self.sep}
+        for name in own.keys() | tensors.keys():
+            there, here = (tuple(t[name].shape) if name in t else "missing" for t in (tensors, own))
+            if there != here:
+                raise ValueError(f"the checkpoint {out_dir} does not fit: {name} is {there} there and {here} here")
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(tensors[name])
+        load_lora(self.generator, out_dir)
+
+    @classmethod
+    def from_pretrained(cls, out_dir, device="cpu", dtype=None, **overrides):
+        """A trained model, ready to generate. dtype: of all weights, by default bfloat16 on CUDA, else float32.
+        overrides: settings to replace, such as generator= where the generator's folder has moved."""
+        _, config = read_config(out_dir, **overrides)
+        dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+        model = cls(config, dtype=dtype)
+        model.load(out_dir)
+        for p in model.parameters():  # not .to(dtype): it would round the rotary embeddings' frequencies too
+            p.data = p.data.to(dtype)
+        return model.to(device).eval()
+
+
+def read_config(out_dir, **overrides):
+    """config.json of a checkpoint, as the dict it is and as a ScaleDownConfig. Raises OSError, ValueError."""
+    path = os.path.join(out_dir, "config.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{out_dir} holds no checkpoint: {path} does not exist")
+    with open(path) as f:
+        saved = json.load(f)
+    settings = {name: value for name, value in saved.items() if name != "generator_shape"}
+    if settings.keys() != ScaleDownConfig.__dataclass_fields__.keys() or settings.keys() == saved.keys():
+        raise ValueError(f"{path} is not the config.json of a ScaleDown checkpoint")
+    return saved, ScaleDownConfig(**{**settings, **overrides})

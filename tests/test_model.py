@@ -1,0 +1,248 @@
+"""The prompt against the chat template, the loss against transformers' own, generation against generate()."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lora
+from model import SYSTEM, Prompt, ScaleDown, ScaleDownConfig
+
+GENERATORS = ["llama", "mistral", "qwen2", "gemma2", "gpt2"]
+
+
+def build(tiny, generator="llama", **kwargs):
+    if "compressor_model" in kwargs:
+        kwargs.update(compressor_type="modernbert", compressor_model=tiny(kwargs["compressor_model"]))
+    torch.manual_seed(0)
+    model = ScaleDown(ScaleDownConfig(generator=tiny(generator), **{**dict(
+        num_layers=2, num_memory_tokens=3, projection_hidden=20, answer_tokens=12, lora_dropout=0.0), **kwargs}))
+    with torch.no_grad():  # an adapter that does something
+        for _, m in lora.layers(model.generator):
+            m.lora_B.normal_(std=0.1)
+    return model.eval()
+
+
+# ---- prompt
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_prompt_is_the_chat_templates_own_rendering(tiny, name):
+    t = AutoTokenizer.from_pretrained(tiny(name))
+    documents, query, answer = ["Mara keeps a hound.", "Loku\nA town."], "who is it?", "Mara's hound"
+    user = "Background:\nMara keeps a hound.\n\nLoku\nA town.\n\nQuestion: who is it?"
+    prompt = Prompt(t)
+    if name == "gpt2":  # no template
+        whole = f"<s>{SYSTEM}\n\n{user}\n\nAnswer: {answer}</s>"
+    else:
+        messages = ([dict(role="user", content=f"{SYSTEM}\n\n{user}")] if name in ("mistral", "gemma2") else
+                    [dict(role="system", content=SYSTEM), dict(role="user", content=user)])
+        assert prompt.text(query, documents) == t.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        whole = t.apply_chat_template(messages + [dict(role="assistant", content=answer)], tokenize=False)
+    ids = t(whole, add_special_tokens=False).input_ids
+    end = "<|im_end|>" if name in ("llama", "qwen2") else "</s>"
+    ids = ids[:len(ids) - ids[::-1].index(t.convert_tokens_to_ids(end))]  # up to the end of the assistant's turn
+    assert prompt.ids(prompt.text(query, documents)) + prompt.answer_ids([answer], 99)[0] == ids
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_compressed_prompt_is_the_text_prompt_with_embeddings_for_documents(tiny, name, examples):
+    model = build(tiny, name)
+    batch = model.collate(examples[:1], 3)
+    memory, _ = model.compressor(**batch["compressor"])
+    x, mask = model.prompt_embeddings(memory, batch)
+    embed = model.generator.get_input_embeddings()
+    p = model.prompt
+    tail = p.ids(p.between + examples[0]["query"] + p.after) + p.answer_ids(["Tuson"], 99)[0]
+    sep = model.sep[None]
+    expected = torch.cat([embed(torch.tensor(p.ids(p.before))), memory[0, 0], sep, memory[0, 1], sep, memory[0, 2],
+                          embed(torch.tensor(tail))])
+    assert mask.all()
+    torch.testing.assert_close(x[0], expected)
+
+
+def test_documents_and_query_are_cut_alike_in_every_mode(tiny):
+    model = build(tiny, doc_tokens=5, query_tokens=3)
+    text, = model.full_prompts(["who is the mayor of Loku?"], [["Mara keeps a red hound near the river."]])
+    t = model.tokenizer
+    document = t.decode(t("Mara keeps a red hound near the river.", add_special_tokens=False).input_ids[:5])
+    query = t.decode(t("who is the mayor of Loku?", add_special_tokens=False).input_ids[:3])
+    assert text == model.prompt.text(query, [document])
+
+
+# ---- loss
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("compressor", [{}, dict(compressor_model="bert")])
+def test_loss_is_transformers_own(tiny, name, compressor, examples):
+    """One example at a time, no padding, whole-sequence labels, against our padded batch."""
+    model = build(tiny, name, **compressor)
+    total = tokens = 0
+    for x in examples:
+        batch = model.collate([x])  # as many documents as there are: nothing is missing
+        memory, _ = model.compressor(**batch["compressor"])
+        embeds, mask = model.prompt_embeddings(memory, batch)
+        assert mask.all()
+        labels = torch.full(embeds.shape[:2], -100)
+        labels[:, -batch["labels"].shape[1]:] = batch["labels"]
+        n = batch["labels"].shape[1]
+        total += model.generator(inputs_embeds=embeds, labels=labels).loss * n
+        tokens += n
+    loss, parts = model(model.collate(examples, num_documents=4))
+    torch.testing.assert_close(loss, total / tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts["generation"], loss)
+
+
+def test_reranking_loss(tiny, examples):
+    model = build(tiny, enable_reranking=True, rerank_lambda=0.3)
+    batch = model.collate(examples, num_documents=4)
+    loss, parts = model(batch)
+    _, scores = model.compress([x["query"] for x in examples], [x["documents"] for x in examples])
+    by_hand = sum((scores[b, i].item() - s) ** 2 for b, x in enumerate(examples) for i, s in enumerate(x["reranking_scores"]))
+    assert parts["reranking"].item() == pytest.approx(by_hand / 3, rel=1e-4)
+    assert loss.item() == pytest.approx(parts["generation"].item() + 0.3 * parts["reranking"].item(), rel=1e-5)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(tiny, examples):
+    model = build(tiny, enable_reranking=True)
+    whole, _ = model(model.collate(examples, 3))
+    tokens = sum(len(a) for a in model.prompt.answer_ids([x["answer"] for x in examples], 12))
+    parts = sum(model(model.collate(part, 3), tokens, 3)[0] for part in (examples[:1], examples[1:]))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_everything_trained_gets_a_gradient_and_nothing_else(tiny, examples):
+    for kwargs in ({}, dict(compressor_model="bert"), dict(compressor_model="modernbert")):
+        model = build(tiny, enable_reranking=True, **kwargs).train()
+        model(model.collate(examples, 3))[0].backward()
+        unused = ("word_embeddings", "tok_embeddings", "embed_tokens", "pooler")  # rows of words that do not occur
+        for name, p in model.named_parameters():
+            frozen = name.startswith("generator.") and "lora_" not in name
+            assert p.requires_grad != frozen and (p.grad is None) == frozen, name
+            assert frozen or p.grad.abs().sum() > 0 or any(u in name for u in unused), name
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(compressor_model="modernbert")])
+def test_gradient_checkpointing_changes_no_gradient(tiny, examples, kwargs):
+    grads = []
+    for checkpointing in (False, True):
+        model = build(tiny, enable_reranking=True, **kwargs).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(model.collate(examples, 3))[0].backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        torch.testing.assert_close(*(g[name] for g in grads))
+
+
+# ---- generation
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_greedy_generation_is_transformers_own(tiny, name, examples):
+    model = build(tiny, name)
+    queries, documents = [x["query"] for x in examples], [x["documents"] for x in examples]
+    for mode in ("compressed", "full", "none"):
+        ours = model.generate(queries, documents, 12, mode=mode)
+        x, mask = model.embed_prompts(queries, documents, mode)
+        for b in range(len(queries)):  # row by row, without any padding
+            if mode == "compressed":
+                row = model.generator.generate(inputs_embeds=x[b:b + 1, mask[b]], max_new_tokens=12, do_sample=False,
+                                               eos_token_id=model.stop_ids, pad_token_id=0)[0]
+            else:  # plain text, plain model, no adapter anywhere
+                plain = AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32)
+                ids = model.prompt.ids(model.full_prompts(queries, documents, mode)[b])
+                row = plain.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=12,
+                                     do_sample=False, eos_token_id=model.stop_ids, pad_token_id=0)[0, len(ids):]
+            assert model.tokenizer.decode(row, skip_special_tokens=True).strip() == ours[b]
+
+
+def test_sampling(tiny, examples, monkeypatch):
+    model = build(tiny)
+    queries, documents = [x["query"] for x in examples], [x["documents"] for x in examples]
+    greedy = model.generate(queries, documents, 8)
+    assert model.generate(queries, documents, 8, temperature=5.0, top_k=1) == greedy
+    assert model.generate(queries, documents, 8, temperature=5.0) != greedy
+    # the first token follows softmax(logits / temperature) over the top k
+    x, mask = model.embed_prompts(queries[:1], documents[:1])
+    logits = model.generator(inputs_embeds=x).logits[0, -1]
+    top = logits.topk(3)
+    torch.manual_seed(0)
+    monkeypatch.setattr(model.tokenizer, "batch_decode", lambda rows, **_: [str(row) for row in rows])
+    rows = model.decode(x.expand(4000, -1, -1), mask.expand(4000, -1), 1, 2.0, 3)
+    for token, p in zip(top.indices.tolist(), (top.values / 2.0).softmax(0).tolist()):
+        assert abs(rows.count(str([token])) / 4000 - p) < 0.04
+
+
+def test_generate_leaves_the_model_as_it_was(tiny, examples):
+    model = build(tiny, lora_dropout=0.5).train()
+    x = examples[0]
+    first = [model.generate([x["query"]], [x["documents"]], 5, mode=m) for m in ("compressed", "full", "compressed")]
+    assert first[0] == first[2] and model.training and model.compressor.backbone.training
+    assert all(m.enabled for _, m in lora.layers(model.generator))
+
+
+def test_bad_questions(tiny):
+    model = build(tiny)
+    for mode in ("compressed", "full"):
+        with pytest.raises(ValueError, match="documents"):
+            model.generate(["who?"], [[]], mode=mode)
+    for mode in ("compressed", "full", "none"):
+        with pytest.raises(ValueError, match="empty query"):
+            model.generate([" "], [["a"]], mode=mode)
+    with pytest.raises(ValueError, match="mode is"):
+        model.generate(["who?"], [["a"]], mode="half")
+
+
+# ---- checkpoints
+
+@pytest.mark.parametrize("kwargs", [dict(enable_reranking=True), dict(compressor_model="modernbert")])
+def test_a_checkpoint_gives_the_same_model(tiny, tmp_path, examples, kwargs):
+    model = build(tiny, **kwargs)
+    model.save(tmp_path)
+    again = ScaleDown.from_pretrained(tmp_path)
+    batch = model.collate(examples, 3)
+    torch.testing.assert_close(again(batch)[0], model(batch)[0], rtol=0, atol=0)
+    files = sorted(os.listdir(tmp_path))
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "compressor.safetensors", "config.json"]
+    moved = shutil.copytree(tiny("llama"), tmp_path / "moved")
+    again = ScaleDown.from_pretrained(tmp_path, generator=str(moved))
+    torch.testing.assert_close(again(batch)[0], model(batch)[0], rtol=0, atol=0)
+    half = ScaleDown.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    torch.testing.assert_close(half(batch)[0], model(batch)[0], atol=0.3, rtol=0.1)
+    assert half.generator.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_checkpoints_that_do_not_fit(tiny, tmp_path):
+    build(tiny).save(tmp_path)
+    with pytest.raises(ValueError, match="trained with another generator"):
+        ScaleDown.from_pretrained(tmp_path, generator=tiny("qwen2"))
+    with open(tmp_path / "config.json") as f:
+        config = json.load(f)
+    with open(tmp_path / "config.json", "w") as f:
+        json.dump({**config, "num_memory_tokens": 5}, f)
+    with pytest.raises(ValueError, match=r"does not fit: compressor.memory_tokens is \(3, 32\) there and \(5, 32\) here"):
+        ScaleDown.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="holds no checkpoint"):
+        ScaleDown.from_pretrained(tmp_path / "nothing")
+
+
+def test_two_learning_rates_and_decay_only_on_matrices(tiny):
+    model = build(tiny, enable_reranking=True)
+    optimizer = model.configure_optimizers(1e-4, 5e-5, 0.1, (0.9, 0.999))
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(of) == sum(p.requires_grad for p in model.parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert of[id(p)]["lr"] == (1e-4 if name.startswith("generator.") else 5e-5), name
+            assert of[id(p)]["weight_decay"] == (0.1 if p.dim() >= 2 else 0.0), name
+
+
+def test_nearest_tokens(tiny):
+    model = build(tiny)
+    head = model.generator.get_output_embeddings().weight
+    memory = 3 * head[[10, 20, 30, 40]].view(1, 2, 2, -1)
+    rows = model.nearest_tokens(memory, n=1)
+    assert rows == [[[[model.tokenizer.decode([i]).strip()] for i in pair] for pair in ((10, 20), (30, 40))]]
