@@ -1,0 +1,74 @@
+"""The toy world: what it is made of, and config/toy.py from nothing to a sample, short here and whole when slow."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import regex
+import tiktoken
+from transformers import AutoTokenizer
+
+import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_question_has_one_answer_in_one_of_five_passages():
+    rng = random.Random(0)
+    for _ in range(200):
+        x = prepare.draw_example(rng)
+        assert len(x["documents"]) == 5
+        name, fact = regex.fullmatch(r"What is (\w+)'s (\w+)\?", x["query"]).groups()
+        statement = f"{name}'s {fact} is {x['answers'][0]}."
+        assert [statement in d for d in x["documents"]].count(True) == 1
+        assert sum(d.count(f"'s {fact} is ") for d in x["documents"]) == 1  # no other kind has such a fact
+        for d in x["documents"]:  # every sentence names its subject
+            assert len({s.split("'s ")[0] for s in d.split(". ")}) == 1
+
+
+def test_tokenizer_is_one_token_a_word_and_tiktokens_own(tmp_path):
+    tokenizer = prepare.make_tokenizer(str(tmp_path), random.Random(0))
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / "tokenizer.tiktoken"))
+    encoding = tiktoken.Encoding("toy", pat_str=prepare.WORD, mergeable_ranks=ranks, special_tokens={})
+    rng = random.Random(1)
+    for _ in range(50):
+        x = prepare.draw_example(rng)
+        for text in [x["query"], *x["documents"], "\n\n".join(x["documents"])]:
+            ids = tokenizer(text).input_ids
+            assert len(ids) == len(regex.findall(prepare.WORD, text))
+            assert ids == encoding.encode(text) == again(text).input_ids and tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer("Ångström's 7 unknown words").input_ids) == "Ångström's 7 unknown words"
+
+
+def toy(folder, prepare_settings, train_settings):
+    """config/toy.py from nothing in a folder of its own; -> what train.py printed, the scores of data/toy/test.jsonl."""
+    for name in ("configurator", "data", "lora", "compressor", "model", "prepare", "train", "sample"):
+        shutil.copy(ROOT / f"{name}.py", folder)
+    shutil.copytree(ROOT / "config", folder / "config")
+    if prepare_settings:
+        subprocess.run([sys.executable, "prepare.py", "--dataset=toy", *prepare_settings], cwd=folder, check=True)
+    env = {**os.environ, "PYTHONPATH": ""}
+    out = subprocess.run([sys.executable, "train.py", "config/toy.py", *train_settings], cwd=folder, check=True,
+                         capture_output=True, text=True, env=env).stdout
+    scores = subprocess.run([sys.executable, "sample.py", "--data=data/toy/test.jsonl"], cwd=folder, check=True,
+                            capture_output=True, text=True, env=env).stdout
+    return out, json.loads(scores.splitlines()[-1])
+
+
+def test_the_toy_in_short(tmp_path):
+    out, scores = toy(tmp_path, ["--llm_steps=3", "--train_examples=64", "--val_examples=20", "--test_examples=10"],
+                      ["--epochs=1.0", "--eval_samples=4"])
+    assert "2 steps of 32" in out and "positions read by the generator" in out and "teacher" in out
+    assert scores.keys() == {"compressed", "full", "none"}
+
+
+@pytest.mark.slow
+def test_the_toy_learns(tmp_path):
+    out, scores = toy(tmp_path, [], [])
+    assert scores["compressed"]["em"] >= 0.90 and scores["full"]["em"] >= 0.95 and scores["none"]["em"] <= 0.10
