@@ -1,0 +1,15 @@
+# The paper's OSCAR-llama: Llama-3.2-1B and two linear layers as compressor (Table 7).
+# In the paper it is pretrained first; here it is not.
+out_dir = "out/llama"
+generator = "mistralai/Mistral-7B-Instruct-v0.2"
+compressor_type = "modernbert"
+compressor_model = "meta-llama/Llama-3.2-1B-Instruct"
+projection_hidden = 8096
+num_memory_tokens = 8
+batch_size = 8
+gradient_accumulation_steps = 16
+generator_lr = 1e-4
+compressor_lr = 1e-4
+warmup_ratio = 0.05
+weight_decay = 0.1
+gradient_checkpointing = True

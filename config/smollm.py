@@ -1,0 +1,19 @@
+# The small real run: SmolLM2-135M as generator, its first 10 layers as compressor. One GPU, or a few steps on a CPU.
+out_dir = "out/smollm"
+train_data = "data/train.jsonl"
+val_data = "data/val.jsonl"
+generator = "HuggingFaceTB/SmolLM2-135M-Instruct"
+compressor_type = "n_layers"
+num_layers = 10
+num_memory_tokens = 8
+query_tokens = 64
+doc_tokens = 128
+answer_tokens = 64
+batch_size = 8
+gradient_accumulation_steps = 1
+epochs = 2.0
+generator_lr = 4e-4
+compressor_lr = 2e-4
+eval_interval = 400
+eval_examples = 100
+eval_samples = 50

@@ -1,0 +1,24 @@
+# The toy world on a laptop: data, a tiny language model, training and a sample in minutes, offline, on 2 CPU cores.
+out_dir = "out/toy"
+train_data = "data/toy/train.jsonl"
+val_data = "data/toy/val.jsonl"
+generator = "data/toy/llm"
+num_layers = 2
+num_memory_tokens = 2  # a passage is some 25 tokens
+query_tokens = 16
+doc_tokens = 40
+answer_tokens = 8
+lora_dropout = 0.0
+batch_size = 32
+gradient_accumulation_steps = 1
+compressor_lr = 1e-3
+generator_lr = 2e-3
+weight_decay = 0.0
+epochs = 1.0
+eval_interval = 250
+eval_examples = 500
+eval_samples = 200
+log_interval = 50
+device = "cpu"
+dtype = "float32"
+sample_at_end = True

@@ -1,0 +1,25 @@
+# The toy world with a small ModernBERT of random weights as compressor: what it learns without pretraining.
+out_dir = "out/toy_modernbert"
+train_data = "data/toy/train.jsonl"
+val_data = "data/toy/val.jsonl"
+generator = "data/toy/llm"
+compressor_type = "modernbert"
+compressor_model = "data/toy/encoder"
+projection_hidden = 512
+num_memory_tokens = 2
+query_tokens = 16
+doc_tokens = 40
+answer_tokens = 8
+lora_dropout = 0.0
+batch_size = 32
+gradient_accumulation_steps = 1
+compressor_lr = 1e-3
+generator_lr = 2e-3
+weight_decay = 0.0
+epochs = 1.0
+eval_interval = 250
+eval_examples = 500
+eval_samples = 200
+log_interval = 50
+device = "cpu"
+dtype = "float32"
