@@ -11,6 +11,7 @@ import json
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -272,13 +273,15 @@ class ScaleDown(nn.Module):
         """Prompt embeddings x (B, P, d) and mask (B, P) -> B answers, token by token with a key-value cache."""
         embed = self.generator.get_input_embeddings()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        # transformers renamed past_key_values to cache in 5.24
+        name = "cache" if "cache" in signature(self.generator.forward).parameters else "past_key_values"
         cache, tokens = None, []
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         stop = torch.tensor(self.stop_ids, device=x.device)
         for _ in range(max_new_tokens):
-            out = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                 use_cache=True, logits_to_keep=1)
-            logits, cache = out.logits[:, -1].float(), out.past_key_values
+            out = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=True,
+                                 logits_to_keep=1, **{name: cache})
+            logits, cache = out.logits[:, -1].float(), out[name]
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
