@@ -38,6 +38,7 @@ class Compressor(nn.Module):
 
     def __init__(self, tokenizer, backbone, num_memory_tokens, enable_reranking, query_tokens, doc_tokens):
         super().__init__()
+        backbone.config.use_cache = False
         self.tokenizer, self.backbone = tokenizer, backbone
         self.num_memory_tokens, self.query_tokens, self.doc_tokens = num_memory_tokens, query_tokens, doc_tokens
         embed = backbone.get_input_embeddings()
@@ -52,10 +53,14 @@ class Compressor(nn.Module):
         start = t.cls_token_id if t.cls_token_id is not None else t.bos_token_id
         self.start = [] if start is None else [start]
         self.end = [] if t.sep_token_id is None else [t.sep_token_id]
-        self.between = self.end or t("\n", add_special_tokens=False).input_ids
+        # some tokenisers (SentencePiece) put a space at the start of every text: not of a newline within one
+        self.between = self.end or t("x\n", add_special_tokens=False).input_ids[len(self.tokens(["x"], 9)[0]):]
         self.longest = (len(self.start + self.between + self.end) + query_tokens + doc_tokens + num_memory_tokens
                         + enable_reranking)
-        limit = getattr(backbone.config, "max_position_embeddings", None) or self.longest
+        # RoBERTa and its kin count positions from padding_idx + 1
+        table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+        self.first_position = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
+        limit = (getattr(backbone.config, "max_position_embeddings", None) or self.longest) - self.first_position
         if self.longest > limit:
             raise ValueError(f"query, document and memory tokens ({self.longest}) are longer than the compressor's "
                              f"{limit} positions: lower doc_tokens or query_tokens")
@@ -83,6 +88,9 @@ class NLayersCompressor(Compressor):
 
     where a token sees the query and, causally, its own block, and positions restart behind the query in every block:
     the same numbers as k separate passes over [query doc MEM RR], but the query is computed once.
+
+    Raises ValueError where num_layers is not within the generator's, or its layers are not all of attention that a
+    mask and position ids decide.
     """
 
     def __init__(self, generator, num_layers=8, num_memory_tokens=8, enable_reranking=False, query_tokens=64,
@@ -93,9 +101,10 @@ class NLayersCompressor(Compressor):
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):  # models that mix full and sliding attention name each layer's kind
             config.layer_types = config.layer_types[:num_layers]
-            other = {*config.layer_types} - {"full_attention", "sliding_attention"}
-            if other:  # a recurrence or a convolution would carry one document over into the next
-                raise ValueError(f"{generator} has layers of type {other.pop()}: n_layers needs attention in every one")
+        kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", [])
+        other = {*kinds} - {"full_attention", "sliding_attention", "global"}
+        if other:  # a recurrence or a convolution would carry one document over into the next
+            raise ValueError(f"{generator} has layers of type {other.pop()}: n_layers needs plain attention in all")
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # or a table of the layers beyond N, which are left out on purpose
         backbone = AutoModel.from_pretrained(generator, config=config, dtype=torch.float32)
@@ -119,7 +128,7 @@ class NLayersCompressor(Compressor):
                     doc_ids=doc_ids.view(B, k, -1), doc_mask=doc_mask.view(B, k, -1))  # (B, k, D)
 
     def forward(self, query_ids, query_mask, doc_ids, doc_mask):
-        """-> memory (B, k, l, d), scores (B, k) or None"""
+        """(B, Q), (B, Q), (B, k, D), (B, k, D) -> memory (B, k, l, d), scores (B, k) or None"""
         (B, k, D), Q = doc_ids.shape, query_ids.shape[1]
         learned = self.learned_tokens()
         S = D + len(learned)  # the length of a document's block
@@ -141,7 +150,7 @@ class NLayersCompressor(Compressor):
 
         if self.backbone.config._attn_implementation == "eager":  # Gemma 2: adds the mask to the attention's logits
             mask = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
-        h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
+        h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions)
         h = h.last_hidden_state[:, Q:].unflatten(1, (k, S))[:, :, D:]  # (B, k, l [+ 1], d)
         return h[:, :, :self.num_memory_tokens], self.scores(h)
 
@@ -164,9 +173,6 @@ class ModernBERTCompressor(Compressor):
                          enable_reranking, query_tokens, doc_tokens)
         self.projection = nn.Sequential(nn.Linear(backbone.config.hidden_size, projection_hidden), nn.ReLU(),
                                         nn.Linear(projection_hidden, generator_hidden))
-        # RoBERTa and its kin count positions from padding_idx + 1
-        table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-        self.first_position = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
 
     def tokenize(self, queries, documents, k):
         """B queries, B lists of at most k document texts -> the tensors that forward() takes. A document that is
@@ -179,7 +185,7 @@ class ModernBERTCompressor(Compressor):
         return dict(ids=ids.view(B, k, -1), mask=mask.view(B, k, -1))  # (B, k, T)
 
     def forward(self, ids, mask):
-        """-> memory (B, k, l, d), scores (B, k) or None"""
+        """(B, k, T), (B, k, T) -> memory (B, k, l, d), scores (B, k) or None"""
         B, k, T = ids.shape
         learned = self.learned_tokens()
         x = torch.cat([self.backbone.get_input_embeddings()(ids), learned.expand(B, k, -1, -1)], dim=2).flatten(0, 1)

@@ -11,6 +11,9 @@ import ast
 import difflib
 import os
 import sys
+from types import ModuleType
+
+import torch
 
 
 def fail(message):
@@ -43,10 +46,13 @@ def configure(settings, argv=None):
             if not os.path.isfile(arg):
                 fail(f"config file {arg} does not exist (a setting is written --name=value)")
             scope = {}
-            with open(arg) as f:
-                exec(compile(f.read(), arg, "exec"), scope)
+            try:
+                with open(arg, encoding="utf-8") as f:
+                    exec(compile(f.read(), arg, "exec"), scope)
+            except Exception as e:
+                fail(f"config file {arg}: {type(e).__name__}: {e}")
             for name, value in scope.items():
-                if not name.startswith("_"):
+                if not name.startswith("_") and not isinstance(value, ModuleType) and not callable(value):
                     override(name, value, arg)
         else:
             if not arg.startswith("--") or "=" not in arg:
@@ -60,3 +66,21 @@ def configure(settings, argv=None):
                     pass  # stays a string, which override() refuses with the type it wanted
             override(name, value, arg)
     return {name: settings[name] for name in names}
+
+
+def at_least(settings, **least):
+    """Exits with one line when one of the named settings is smaller than the number given for it."""
+    for name, number in least.items():
+        if settings[name] < number:
+            fail(f"{name} must be at least {number}, not {settings[name]}")
+
+
+def torch_device(name):
+    """The torch name of a device setting (gpu is cuda). Exits with one line when there is no such device here."""
+    name = {"gpu": "cuda"}.get(name, name)
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        fail(f"device is cpu, cuda (gpu) or mps, not '{name}'")
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        fail(f"device is {name}, but torch finds none")
+    return name

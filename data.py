@@ -5,6 +5,7 @@ An example is one JSON object: {"query": str, "documents": [str or {"title", "te
 "reranking_scores": [float, ...]?, "answers": [gold str, ...]?}; a file is JSON Lines or one JSON list.
 """
 
+import codecs
 import json
 import math
 import mmap
@@ -66,8 +67,12 @@ class Examples:
         with open(path, "rb") as f:
             self.file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         for start, end in self.list_items() if path.endswith(".json") else self.lines():
+            text = self.file[start:end]
             try:
-                wrong = check_example(json.loads(self.file[start:end]), need_answer, need_scores)
+                x = json.loads(text)
+                if b"\\ud" in text.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
+                    json.dumps(x, ensure_ascii=False).encode()
+                wrong = check_example(x, need_answer, need_scores)
             except ValueError as e:  # JSON or UTF-8
                 wrong = f"broken JSON: {e}"
             if wrong:
@@ -89,20 +94,23 @@ class Examples:
 
     def list_items(self):
         """Spans of the objects of a JSON list, found by counting brackets outside strings."""
-        depth, end = 0, 0
+        depth, separator = 0, b"["
+        end = len(codecs.BOM_UTF8) if self.file[:3] == codecs.BOM_UTF8 else 0
         for m in re.finditer(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', self.file, re.DOTALL):
             c = m[0][:1]
             if c in b"[{":
                 depth += 1
                 if depth == 2:
                     start = m.start()
-                    if self.file[end:start].strip() != (b"[" if end == 0 else b","):
+                    if self.file[end:start].strip() != separator:
                         raise ValueError(self.at(end, "broken JSON: a file ending in .json holds a list of objects"))
             elif c in b"]}":
                 depth -= 1
                 if depth == 1:
-                    end = m.end()
+                    end, separator = m.end(), b","
                     yield start, end
+        if b"".join(self.file[end:].split()) == b"[]":
+            return
         if depth != 0 or self.file[end:].strip() != b"]":
             raise ValueError(self.at(end, "broken JSON: the list does not end as a list of objects does"))
 

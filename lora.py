@@ -11,13 +11,14 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: its weight is transposed, (in, out)
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank update. x (..., in) -> (..., out)."""
+    """A frozen linear layer with a trainable low-rank update. x (B, ..., in) -> (B, ..., out)."""
 
     def __init__(self, base, r=16, alpha=32, dropout=0.1):
         super().__init__()
@@ -39,7 +40,7 @@ class LoRALinear(nn.Module):
         if self.merged or not self.enabled:
             return y
         h = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        # one kernel multiplies by B, scales and adds: no second tensor of y's size
+        # one kernel multiplies by B, scales and adds: B A x never exists as a tensor of its own
         B = self.lora_B.to(h.dtype).T
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B, alpha=self.scaling).view_as(y)
 
@@ -116,13 +117,28 @@ def save_lora(model, folder, base_model):
         json.dump(config, f, indent=2)
 
 
+def load_tensors(path, own):
+    """The tensors of a safetensors file, which must have the names and shapes of `own` (a dict of tensors). Raises
+    ValueError for a broken file or one that does not fit, OSError for a missing one."""
+    try:
+        tensors = load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
+    for name in sorted(own.keys() | tensors.keys()):
+        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (tensors, own))
+        if there != here:
+            raise ValueError(f"{path} does not fit this model: {name} is {there} there and {here} here")
+    return tensors
+
+
 @torch.no_grad()
 def load_lora(model, folder):
     """Loads an adapter saved by save_lora() or by PEFT into a model that apply_lora() has prepared.
 
     Raises ValueError, and changes nothing, when the file's layers, rank or shapes are not the model's, or when it is a
-    variant of LoRA that LoRALinear is not."""
-    tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
+    variant of LoRA that LoRALinear is not; RuntimeError when an adapter is merged."""
+    if any(m.merged for _, m in layers(model)):
+        raise RuntimeError("an adapter is merged into the weights: unmerge() it before loading another")
     with open(os.path.join(folder, "adapter_config.json")) as f:
         config = json.load(f)
     for variant in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
@@ -130,10 +146,7 @@ def load_lora(model, folder):
             raise ValueError(f"the adapter in {folder} has {variant}={config[variant]}, which is not supported")
     own = {f"base_model.model.{name}.{part}.weight": getattr(m, part)
            for name, m in layers(model) for part in ("lora_A", "lora_B")}
-    for key in own.keys() | tensors.keys():
-        there, here = (tuple(t[key].shape) if key in t else "missing" for t in (tensors, own))
-        if there != here:
-            raise ValueError(f"the adapter in {folder} is not for this model: {key} is {there} there and {here} here")
+    tensors = load_tensors(os.path.join(folder, "adapter_model.safetensors"), own)
     for key, p in own.items():
         p.copy_(tensors[key])
     for _, m in layers(model):

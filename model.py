@@ -11,16 +11,17 @@ import json
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, left_pad
-from lora import adapter_off, apply_lora, load_lora, save_lora
+from lora import adapter_off, apply_lora, load_lora, load_tensors, save_lora
 
 SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
 SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
@@ -77,6 +78,12 @@ class Prompt:
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def ids_behind(self, before, texts):
+        """Token ids of each text where it stands behind another: many tokenisers write a word differently at the start
+        of a text."""
+        skip = len(self.ids(before))
+        return [row[skip:] for row in self.ids([before + text for text in texts])]
+
     def cut(self, texts, max_tokens):
         """Each text cut behind its first max_tokens tokens."""
         offsets = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens,
@@ -88,11 +95,9 @@ class Prompt:
         return self.before + "\n\n".join(documents) + self.between + query + self.after
 
     def answer_ids(self, answers, max_tokens):
-        """Token ids of each answer and its end of turn, at most max_tokens. Tokenised behind what stands before it,
-        because many tokenisers write a word differently at the start of a text."""
-        skip = len(self.ids(self.after))
-        rows = self.ids([self.after + self.answer_start + a for a in answers])
-        return [(row[skip:] + [self.end_id])[:max_tokens] for row in rows]
+        """Token ids of each answer and its end of turn, at most max_tokens."""
+        rows = self.ids_behind(self.after, [self.answer_start + a for a in answers])
+        return [(row + [self.end_id])[:max_tokens] for row in rows]
 
 
 @dataclass
@@ -114,6 +119,8 @@ class ScaleDownConfig:
 
 
 class ScaleDown(nn.Module):
+    """Answers to queries over documents that the compressor has turned into embeddings (paper, section 3)."""
+
     def __init__(self, config, dtype=torch.float32):
         """dtype: of the frozen generator. What is trained (compressor, LoRA) is float32.
         Raises ValueError for settings that do not fit the models, OSError for models that cannot be found."""
@@ -122,11 +129,19 @@ class ScaleDown(nn.Module):
         if min(c.num_memory_tokens, c.query_tokens, c.doc_tokens, c.answer_tokens, c.lora_r) < 1:
             raise ValueError("num_memory_tokens, query_tokens, doc_tokens, answer_tokens and lora_r must be at least 1")
         self.generator = AutoModelForCausalLM.from_pretrained(c.generator, dtype=dtype)
+        shape = self.generator.config
+        if "position_ids" not in signature(self.generator.forward).parameters or getattr(shape, "alibi", False):
+            raise ValueError(f"{c.generator} takes no position ids (ALiBi, or a recurrence), which are needed here")
+        embed = self.generator.get_input_embeddings()
+        hidden = embed.embedding_dim
+        # what tells the generator of a checkpoint from another one, wherever its folder lies and whatever its dtype
+        rows = embed.weight[:64].detach().bfloat16().view(torch.int16).numpy()
+        self.generator_identity = dict(model_type=shape.model_type, hidden_size=hidden,
+                                       num_hidden_layers=shape.num_hidden_layers, vocab_size=shape.vocab_size,
+                                       embeddings_sha256=sha256(rows.tobytes()).hexdigest()[:16])
         apply_lora(self.generator, c.lora_r, c.lora_alpha, c.lora_dropout)
         self.tokenizer = AutoTokenizer.from_pretrained(c.generator)
         self.prompt, self.prompt_no_documents = Prompt(self.tokenizer), Prompt(self.tokenizer, with_documents=False)
-        embed = self.generator.get_input_embeddings()
-        hidden = embed.embedding_dim
         sizes = dict(num_memory_tokens=c.num_memory_tokens, enable_reranking=c.enable_reranking,
                      query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
         if c.compressor_type == "n_layers":
@@ -135,7 +150,7 @@ class ScaleDown(nn.Module):
             self.compressor = ModernBERTCompressor(c.compressor_model, hidden, c.projection_hidden, **sizes)
         else:
             raise ValueError(f"compressor_type is n_layers or modernbert, not '{c.compressor_type}'")
-        self.sep = nn.Parameter(embedding_std(embed) * torch.randn(hidden))  # stands between two documents
+        self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, hidden))  # stands between two documents
         self.register_buffer("before_ids", torch.tensor(self.prompt.ids(self.prompt.before)), persistent=False)
         eos = self.generator.generation_config.eos_token_id
         self.stop_ids = [self.prompt.end_id] + (eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -160,8 +175,9 @@ class ScaleDown(nn.Module):
         queries = [x["query"].strip() for x in examples]
         present = torch.arange(k) < torch.tensor([len(docs) for docs in documents])[:, None]  # (B, k)
         batch = dict(compressor=self.compressor.tokenize(queries, documents, k), present=present)
-        tails = self.prompt.ids([self.prompt.between + q + self.prompt.after
-                                 for q in self.prompt.cut(queries, self.config.query_tokens)])
+        queries = self.prompt.cut(queries, self.config.query_tokens)
+        # behind any letter, as it would stand behind a document's text
+        tails = self.prompt.ids_behind("x", [self.prompt.between + q + self.prompt.after for q in queries])
         if "answer" in examples[0]:
             answers = self.prompt.answer_ids([x["answer"] for x in examples], self.config.answer_tokens)
             tails = [t + a for t, a in zip(tails, answers)]
@@ -201,6 +217,7 @@ class ScaleDown(nn.Module):
         labels = batch["labels"]  # (B, A), -100 = padding
         memory, scores = self.compressor(**batch["compressor"])
         x, mask = self.prompt_embeddings(memory, batch)
+        self.check_length(x.shape[1])
         # the answer stands at the last A positions; each token is predicted from the position before it
         logits = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                                 use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
@@ -213,6 +230,12 @@ class ScaleDown(nn.Module):
             parts["reranking"] = error.detach()
             loss = loss + self.config.rerank_lambda * error
         return loss, parts
+
+    def check_length(self, length):
+        limit = getattr(self.generator.config, "max_position_embeddings", None) or length
+        if length > limit:
+            raise ValueError(f"prompt and answer ({length} tokens) are longer than the generator's {limit} positions: "
+                             "fewer documents, or lower num_memory_tokens, doc_tokens or answer_tokens")
 
     # ---- inference
 
@@ -250,8 +273,10 @@ class ScaleDown(nn.Module):
         if mode == "compressed":
             batch = self.to_device(self.collate([dict(query=q, documents=d) for q, d in zip(queries, documents)]))
             return self.prompt_embeddings(self.compressor(**batch["compressor"])[0], batch)
-        if not all(q.strip() for q in queries) or mode == "full" and not all(documents):
-            raise ValueError("empty query, or a query without documents")
+        if not all(q.strip() for q in queries):
+            raise ValueError("empty query")
+        if mode == "full" and not all(documents):
+            raise ValueError("a query without documents")
         ids, mask = left_pad(self.prompt.ids(self.full_prompts(queries, documents, mode)))
         return self.generator.get_input_embeddings()(ids.to(self.device)), mask.to(self.device)
 
@@ -260,7 +285,8 @@ class ScaleDown(nn.Module):
 
         mode: compressed; full (the same prompt with the documents' text, adapter off: the uncompressed model); none (no
         documents, adapter off). temperature 0 is greedy; top_k 0 samples from all tokens. max_new_tokens: answer_tokens
-        by default. Raises ValueError for an empty query or, unless mode is none, for no documents.
+        by default. Raises ValueError for an empty query, for no documents (unless mode is none) and for more positions
+        than the generator has.
         """
         if mode not in ("compressed", "full", "none"):
             raise ValueError(f"mode is compressed, full or none, not '{mode}'")
@@ -271,6 +297,7 @@ class ScaleDown(nn.Module):
     @torch.no_grad()
     def decode(self, x, mask, max_new_tokens, temperature, top_k):
         """Prompt embeddings x (B, P, d) and mask (B, P) -> B answers, token by token with a key-value cache."""
+        self.check_length(x.shape[1] + max_new_tokens)
         embed = self.generator.get_input_embeddings()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         # transformers renamed past_key_values to cache in 5.24
@@ -326,32 +353,23 @@ class ScaleDown(nn.Module):
         for backbone in (self.generator, self.compressor.backbone):
             backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
 
-    def backbone_shape(self):
-        c = self.generator.config
-        return dict(model_type=c.model_type, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers,
-                    vocab_size=c.vocab_size)
-
     def save(self, out_dir):
         """Writes config.json, compressor.safetensors and the LoRA in PEFT's format; not the frozen generator."""
         save_lora(self.generator, out_dir, self.config.generator)
         tensors = {f"compressor.{name}": t for name, t in self.compressor.state_dict().items()}
         save_file({**tensors, "sep": self.sep.detach()}, os.path.join(out_dir, "compressor.safetensors"))
         with open(os.path.join(out_dir, "config.json"), "w") as f:
-            json.dump({**asdict(self.config), "generator_shape": self.backbone_shape()}, f, indent=2)
+            json.dump({**asdict(self.config), "generator_identity": self.generator_identity}, f, indent=2)
 
     def load(self, out_dir):
         """Loads the weights of a checkpoint into this model. Raises ValueError when they are of another backbone or of
         other sizes, OSError when there is no checkpoint."""
         saved, _ = read_config(out_dir)
-        if saved["generator_shape"] != self.backbone_shape():
+        if saved["generator_identity"] != self.generator_identity:
             raise ValueError(f"the checkpoint {out_dir} was trained with another generator: its is "
-                             f"{saved['generator_shape']}, {self.config.generator} is {self.backbone_shape()}")
-        tensors = load_file(os.path.join(out_dir, "compressor.safetensors"))
+                             f"{saved['generator_identity']}, {self.config.generator} is {self.generator_identity}")
         own = {**{f"compressor.{name}": p for name, p in self.compressor.state_dict().items()}, "sep": self.sep}
-        for name in own.keys() | tensors.keys():
-            there, here = (tuple(t[name].shape) if name in t else "missing" for t in (tensors, own))
-            if there != here:
-                raise ValueError(f"the checkpoint {out_dir} does not fit: {name} is {there} there and {here} here")
+        tensors = load_tensors(os.path.join(out_dir, "compressor.safetensors"), own)
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(tensors[name])
@@ -376,8 +394,11 @@ def read_config(out_dir, **overrides):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{out_dir} holds no checkpoint: {path} does not exist")
     with open(path) as f:
-        saved = json.load(f)
-    settings = {name: value for name, value in saved.items() if name != "generator_shape"}
-    if settings.keys() != ScaleDownConfig.__dataclass_fields__.keys() or settings.keys() == saved.keys():
+        try:
+            saved = json.load(f)
+        except ValueError as e:
+            raise ValueError(f"{path} is damaged: {e}") from e
+    settings = ScaleDownConfig.__dataclass_fields__.keys()
+    if not isinstance(saved, dict) or saved.keys() != settings | {"generator_identity"}:
         raise ValueError(f"{path} is not the config.json of a ScaleDown checkpoint")
-    return saved, ScaleDownConfig(**{**settings, **overrides})
+    return saved, ScaleDownConfig(**{**{name: saved[name] for name in settings}, **overrides})

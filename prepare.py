@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from configurator import configure, fail
+from configurator import at_least, configure, fail
 from data import mean_scores
 from model import Prompt
 
@@ -203,4 +203,5 @@ def make_toy():
 if __name__ == "__main__":
     if dataset != "toy":
         fail(f"unknown dataset '{dataset}': there is toy")
+    at_least(globals(), seed=0, llm_steps=1, train_examples=1, val_examples=1, test_examples=1)
     make_toy()

@@ -13,7 +13,7 @@ import random
 import torch
 from tqdm import tqdm
 
-from configurator import configure, fail
+from configurator import at_least, configure, fail, torch_device
 from data import Examples, is_document, mean_scores
 from model import ScaleDown, document_text
 
@@ -37,16 +37,14 @@ device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is
 dtype = "bfloat16" if torch.cuda.is_available() else "float32"
 # -----------------------------------------------------------------------------
 configure(globals())
-device = {"gpu": "cuda"}.get(device, device)
+device = torch_device(device)
 if dtype not in ("float32", "bfloat16"):
     fail(f"dtype is float32 or bfloat16, not '{dtype}'")
-if min(batch_size, max_new_tokens + 1, num_documents + 1, max_samples + 1, top_k + 1, temperature + 1, seed + 1) < 1:
-    fail("batch_size must be at least 1; max_new_tokens, num_documents, max_samples, top_k, temperature and seed "
-         "at least 0")
-if device.startswith("cuda") and not torch.cuda.is_available():
-    fail(f"device is {device}, but torch sees no CUDA GPU")
+at_least(globals(), batch_size=1, max_new_tokens=0, num_documents=0, max_samples=0, top_k=0, temperature=0, seed=0)
 if bool(query) != bool(docs):
     fail("--query and --docs go together")
+if query and data:
+    fail("--data has queries and documents of its own: leave out --query and --docs")
 if query and not query.strip():
     fail("empty query")
 torch.manual_seed(seed)
@@ -56,8 +54,13 @@ def read_documents(path):
     """One document a line; in a .jsonl file, strings or {"title", "text"} objects."""
     if not os.path.isfile(path):
         fail(f"{path} does not exist")
-    with open(path, encoding="utf-8") as f:
-        lines = [(number, line.strip()) for number, line in enumerate(f, 1) if line.strip()]
+    if path.endswith(".json"):
+        fail(f"{path}: documents stand one a line, in a text file or a .jsonl file")
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            lines = [(number, line.strip()) for number, line in enumerate(f, 1) if line.strip()]
+    except UnicodeDecodeError as e:
+        fail(f"{path}: {e}")
     if not path.endswith(".jsonl"):
         documents = [line for _, line in lines]
     else:
@@ -86,15 +89,18 @@ try:
         examples = [examples[random.Random(seed).randrange(len(examples))]]
     model = ScaleDown.from_pretrained(out_dir, device, getattr(torch, dtype), **moved)
 except (ValueError, OSError) as e:
-    fail(str(e).splitlines()[0])
+    fail(str(e).splitlines()[0] + (" (python train.py config/toy.py makes the toy)" if "toy" in out_dir else ""))
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]
 for x in examples:
     x["documents"] = x["documents"][:num_documents or None]
 
 
 def answer(part, mode):
-    return model.generate([x["query"] for x in part], [x["documents"] for x in part], max_new_tokens or None,
-                          temperature, top_k, mode)
+    try:
+        return model.generate([x["query"] for x in part], [x["documents"] for x in part], max_new_tokens or None,
+                              temperature, top_k, mode)
+    except ValueError as e:
+        fail(e)
 
 
 if data:

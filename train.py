@@ -19,7 +19,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from configurator import configure, fail
+from configurator import at_least, configure, fail, torch_device
 from data import Examples, mean_scores
 from model import ScaleDown, ScaleDownConfig, read_config
 
@@ -76,20 +76,21 @@ dtype = "bfloat16" if torch.cuda.is_available() else "float32"
 compile = False
 # -----------------------------------------------------------------------------
 config = configure(globals())
-device = {"gpu": "cuda"}.get(device, device)
-if device.split(":")[0] not in ("cpu", "cuda", "mps"):
-    fail(f"device is cpu, cuda (gpu) or mps, not '{device}'")
+device = torch_device(device)
 if dtype not in ("float32", "bfloat16"):
     fail(f"dtype is float32 or bfloat16, not '{dtype}'")
 if init_from not in ("scratch", "resume"):
     fail(f"init_from is scratch or resume, not '{init_from}'")
-if min(batch_size, gradient_accumulation_steps, num_documents, eval_examples, eval_interval, log_interval) < 1:
-    fail("batch_size, gradient_accumulation_steps, num_documents, eval_examples, eval_interval and log_interval must "
-         "be at least 1")
-if seed < 0 or max_iters < 0 or epochs <= 0:
-    fail("seed and max_iters must be at least 0, epochs more than 0")
-if device.startswith("cuda") and not torch.cuda.is_available():
-    fail(f"device is {device}, but torch sees no CUDA GPU")
+at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,
+         log_interval=1, eval_samples=0, max_iters=0, epochs=0, seed=0, generator_lr=0, compressor_lr=0, warmup_ratio=0,
+         weight_decay=0, beta1=0, beta2=0, grad_clip=0, rerank_lambda=0)
+if max(beta1, beta2) >= 1 or epochs == 0:
+    fail("beta1 and beta2 must be less than 1, epochs more than 0")
+if wandb_log:
+    try:
+        import wandb
+    except ImportError:
+        fail("wandb_log=True needs wandb: pip install wandb")
 torch.manual_seed(seed)
 ctx = nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
 
@@ -122,7 +123,7 @@ try:
     start, best_val_loss = 0, float("inf")
     if init_from == "resume":
         for name, value in read_config(out_dir)[0].items():
-            if name not in ("generator", "compressor_model", "generator_shape") and value != config[name]:
+            if name not in ("generator", "compressor_model", "generator_identity") and value != config[name]:
                 fail(f"the checkpoint {out_dir} has {name}={value}, this run {name}={config[name]}")
         model.load(out_dir)
 except (ValueError, OSError) as e:
@@ -133,7 +134,7 @@ if gradient_checkpointing:
 optimizer = model.configure_optimizers(generator_lr, compressor_lr, weight_decay, (beta1, beta2),
                                        fused=device.startswith("cuda"))
 base_lrs = [group["lr"] for group in optimizer.param_groups]  # before a resumed state brings the last step's
-if init_from == "resume":
+if init_from == "resume" and not eval_only:
     if not os.path.isfile(f"{out_dir}/optimizer.pt"):
         fail(f"{out_dir}/optimizer.pt does not exist: nothing to resume from")
     state = torch.load(f"{out_dir}/optimizer.pt", map_location="cpu", weights_only=True)
@@ -193,17 +194,22 @@ def save(step):
     torch.save(state, f"{out_dir}/optimizer.pt")
 
 
+def last_good():
+    return f"{out_dir} holds the checkpoint of step {saved}" if saved else "no checkpoint was written yet"
+
+
 def log(entry):
-    with open(f"{out_dir}/metrics.jsonl", "a") as f:
-        f.write(json.dumps(entry) + "\n")
+    if not eval_only:
+        with open(f"{out_dir}/metrics.jsonl", "a") as f:
+            f.write(json.dumps(entry) + "\n")
     if wandb_log:
-        wandb.log(entry, step=entry["step"])
+        wandb.log(entry, step=entry.get("step"))
     print(", ".join(f"{name} {value:.2e}" if name.endswith("_lr") else f"{name} {value:,}" if isinstance(value, int)
                     else f"{name} {value:.4f}" for name, value in entry.items()), flush=True)
 
 
-os.makedirs(out_dir, exist_ok=True)
 if not eval_only:  # a resumed run says again what came after its checkpoint
+    os.makedirs(out_dir, exist_ok=True)
     kept = []
     if init_from == "resume" and os.path.isfile(f"{out_dir}/metrics.jsonl"):
         with open(f"{out_dir}/metrics.jsonl") as f:
@@ -211,7 +217,6 @@ if not eval_only:  # a resumed run says again what came after its checkpoint
     with open(f"{out_dir}/metrics.jsonl", "w") as f:
         f.writelines(kept)
 if wandb_log:
-    import wandb
     wandb.init(project=wandb_project, name=wandb_run_name or None, config=config)
 
 # training loop
@@ -223,13 +228,15 @@ while True:
     # evaluate and write checkpoints; a resumed run has done so at the step it begins with
     if (step % eval_interval == 0 or step == steps) and (step > start or init_from == "scratch") or eval_only:
         result = evaluate()
-        log({"step": step, **result})
+        log(result if eval_only else {"step": step, **result})
         if eval_only:
             break
-        if result["val_loss"] < best_val_loss:
-            best_val_loss = result["val_loss"]
-            model.save(f"{out_dir}/best")
+        if not math.isfinite(result["val_loss"]):
+            fail(f"step {step}: validation loss {result['val_loss']}; {last_good()}")
         if step > 0:
+            if result["val_loss"] < best_val_loss:
+                best_val_loss = result["val_loss"]
+                model.save(f"{out_dir}/best")
             save(step)
             saved = step
         tokens_read, t0 = 0, time.time()
@@ -240,6 +247,7 @@ while True:
         group["lr"] = lr * lr_factor(step)
     # the mean over all answer tokens of the step, however they are spread over its micro-batches
     num_answer_tokens = sum((b["labels"] != -100).sum().item() for b in batches)
+    # real tokens that compressor and generator read
     tokens_read += sum(mask.sum().item() for b in batches for mask in (b["tail_mask"], *b["compressor"].values())
                        if mask.dtype == torch.bool)
     loss, losses = 0.0, {}
@@ -252,8 +260,8 @@ while True:
             losses[name] = losses.get(name, 0.0) + value
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
     if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        fail(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}: stopped before it reached the weights; "
-             + (f"{out_dir} holds the checkpoint of step {saved}" if saved else "no checkpoint was written yet"))
+        fail(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}: stopped before it reached the "
+             f"weights; {last_good()}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     step += 1

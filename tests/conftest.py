@@ -1,6 +1,7 @@
 """Tiny random models of every architecture that the tests name, made once a session."""
 
 import os
+import string
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once instead of asking the hub
 
@@ -36,13 +37,15 @@ DECODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_at
 ENCODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
 
 
-def save_tokenizer(folder, template=None, encoder=False):
+def save_tokenizer(folder, template=None, encoder=False, sentencepiece=False):
+    """Byte-level BPE or, as Mistral's and Llama 2's, SentencePiece's kind, which puts a space before every text."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    kind = (pre_tokenizers.Metaspace, decoders.Metaspace) if sentencepiece else (pre_tokenizers.ByteLevel, decoders.ByteLevel)
+    tokenizer.pre_tokenizer = kind[0]() if sentencepiece else kind[0](add_prefix_space=False)
+    tokenizer.decoder = kind[1]()
     special = ["[PAD]", "[CLS]", "[SEP]", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=400, special_tokens=special, initial_alphabet=list(string.printable) if sentencepiece else pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     kwargs = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]") if encoder else dict(
         bos_token="<s>", eos_token="</s>", chat_template=template)
@@ -65,7 +68,7 @@ def tiny(tmp_path_factory):
         folder = str(root / name)
         template = {"mistral": MISTRAL, "gemma2": MISTRAL, "gpt2": None}.get(name, CHATML)
         encoder = name in ("modernbert", "bert", "roberta")
-        V = save_tokenizer(folder, template, encoder)
+        V = max(300, save_tokenizer(folder, template, encoder, sentencepiece=name == "mistral"))
         ends = dict(bos_token_id=3, eos_token_id=4, pad_token_id=None)
         config = {
             "llama": lambda: LlamaConfig(vocab_size=V, **DECODER, **ends),

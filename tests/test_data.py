@@ -20,7 +20,8 @@ def test_jsonl_and_json_give_the_same_examples(tmp_path):
     lines = write(tmp_path / "a.jsonl", "\n".join(json.dumps(x, ensure_ascii=False) for x in examples) + "\n\n")
     compact = write(tmp_path / "a.json", json.dumps(examples))
     pretty = write(tmp_path / "b.json", json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
-    for path in (lines, compact, pretty):
+    bom = write(tmp_path / "c.json", "\ufeff" + json.dumps(examples))
+    for path in (lines, compact, pretty, bom):
         data = Examples(path, need_scores=True)
         assert [data[i] for i in range(len(data))] == examples
 
@@ -37,6 +38,7 @@ BROKEN = [
     (json.dumps({**GOOD, "reranking_scores": [1, "2"]}), "'reranking_scores' is not a list of numbers"),
     (json.dumps({**GOOD, "reranking_scores": [1, float("nan")]}), "'reranking_scores' is not a list of numbers"),
     (json.dumps({**GOOD, "answers": "x"}), "'answers' is not a list of strings"),
+    (json.dumps({**GOOD, "documents": ["half a pair: \ud83d"]}), "surrogates not allowed"),
 ]
 
 
@@ -46,6 +48,12 @@ def test_a_broken_example_is_named_by_file_and_line(tmp_path, line, wrong):
     with pytest.raises(ValueError, match="a.jsonl, line 3: ") as e:
         Examples(path, need_scores=True)
     assert wrong in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_pair_of_surrogates_is_good(tmp_path):
+    examples = [{**GOOD, "query": "\U0001f600?"}]
+    data = Examples(write(tmp_path / "a.jsonl", json.dumps(examples[0])))
+    assert data[0] == examples[0]
 
 
 @pytest.mark.parametrize("text,line", [
@@ -63,6 +71,8 @@ def test_missing_and_empty_files(tmp_path):
     for text in ("", "\n\n"):
         with pytest.raises(ValueError, match="holds no examples"):
             Examples(write(tmp_path / "a.jsonl", text))
+    with pytest.raises(ValueError, match="holds no examples"):
+        Examples(write(tmp_path / "a.json", "[ ]"))
 
 
 def test_scores():
@@ -80,7 +90,7 @@ SETTINGS = dict(batch_size=4, lr=1e-3, name="n", flag=False, _private=1, other=[
 
 def test_overrides_in_order(tmp_path):
     settings = dict(SETTINGS)
-    file = write(tmp_path / "c.py", "n = 3\nbatch_size = 2 * n\nname = 'file'\ndel n\n")
+    file = write(tmp_path / "c.py", "import math\nn = 3\nbatch_size = 2 * n\nname = 'file'\ndel n\n")
     config = configure(settings, [file, "--name=arg", "--lr=1", "--flag=True"])
     assert config == dict(batch_size=6, lr=1.0, name="arg", flag=True)
     assert settings["batch_size"] == 6 and type(settings["lr"]) is float
@@ -96,3 +106,10 @@ def test_bad_settings(args, wrong):
     with pytest.raises(SystemExit) as e:
         configure(dict(SETTINGS), args)
     assert wrong in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_broken_config_file(tmp_path):
+    for text, wrong in (("batch_size = = 3", "SyntaxError"), ("batch_size = sixteen", "NameError"), ("size = 3", "unknown setting")):
+        with pytest.raises(SystemExit) as e:
+            configure(dict(SETTINGS), [write(tmp_path / "c.py", text)])
+        assert wrong in str(e.value) and "c.py" in str(e.value) and "\n" not in str(e.value)

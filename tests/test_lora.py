@@ -77,7 +77,7 @@ def test_refuses_an_adapter_of_another_rank_or_model(tiny, tmp_path):
     for name, r in (("llama", 8), ("gpt2", 4)):
         other = load(tiny(name))
         lora.apply_lora(other, r=r)
-        with pytest.raises(ValueError, match="not for this model"):
+        with pytest.raises(ValueError, match="does not fit this model: base_model"):
             lora.load_lora(other, tmp_path)
 
 
@@ -88,6 +88,20 @@ def test_refuses_what_is_not_plain_lora(tiny, tmp_path):
     ours = load(tiny("llama"))
     lora.apply_lora(ours, r=4)
     with pytest.raises(ValueError, match="use_rslora=True, which is not supported"):
+        lora.load_lora(ours, tmp_path)
+
+
+def test_refuses_to_load_into_merged_weights_and_a_damaged_file(tiny, tmp_path):
+    ours = load(tiny("llama"))
+    lora.apply_lora(ours, r=4)
+    lora.save_lora(ours, tmp_path, "llama")
+    lora.merge(ours)
+    with pytest.raises(RuntimeError, match="unmerge"):
+        lora.load_lora(ours, tmp_path)
+    lora.unmerge(ours)
+    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
         lora.load_lora(ours, tmp_path)
 
 

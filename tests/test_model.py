@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 import lora
 from model import SYSTEM, Prompt, ScaleDown, ScaleDownConfig
@@ -54,11 +54,15 @@ def test_compressed_prompt_is_the_text_prompt_with_embeddings_for_documents(tiny
     memory, _ = model.compressor(**batch["compressor"])
     x, mask = model.prompt_embeddings(memory, batch)
     embed = model.generator.get_input_embeddings()
+    # the template's own tokens, with a word where the documents stand
     p = model.prompt
-    tail = p.ids(p.between + examples[0]["query"] + p.after) + p.answer_ids(["Tuson"], 99)[0]
-    sep = model.sep[None]
-    expected = torch.cat([embed(torch.tensor(p.ids(p.before))), memory[0, 0], sep, memory[0, 1], sep, memory[0, 2],
-                          embed(torch.tensor(tail))])
+    ids = p.ids(p.text(examples[0]["query"], ["stone"])) + p.answer_ids(["Tuson"], 99)[0]
+    head = p.ids(p.before)
+    assert ids[:len(head)] == head
+    word = model.tokenizer("\nstone", add_special_tokens=False).input_ids[-len(p.ids_behind("\n", ["stone"])[0]):]
+    assert ids[len(head):len(head) + len(word)] == word
+    expected = torch.cat([embed(torch.tensor(head)), memory[0, 0], model.sep, memory[0, 1], model.sep, memory[0, 2],
+                          embed(torch.tensor(ids[len(head) + len(word):]))])
     assert mask.all()
     torch.testing.assert_close(x[0], expected)
 
@@ -194,6 +198,27 @@ def test_bad_questions(tiny):
             model.generate([" "], [["a"]], mode=mode)
     with pytest.raises(ValueError, match="mode is"):
         model.generate(["who?"], [["a"]], mode="half")
+    with pytest.raises(ValueError, match="longer than the generator's 512 positions"):
+        model.generate(["who?"], [["the bridge " * 99] * 9], mode="full")
+
+
+def test_a_generator_without_position_ids_is_refused(tiny, tmp_path):
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="takes no position ids"):
+        ScaleDown(ScaleDownConfig(generator=str(tmp_path)))
+
+
+def test_training_the_compressor_leaves_the_generator_alone(tiny, examples):
+    model = build(tiny).train()
+    before = {name: p.clone() for name, p in model.generator.named_parameters() if not p.requires_grad}
+    optimizer = model.configure_optimizers(1e-2, 1e-2, 0.1, (0.9, 0.999))
+    model(model.collate(examples, 3))[0].backward()
+    optimizer.step()
+    after = dict(model.generator.named_parameters())
+    assert all(torch.equal(p, after[name]) for name, p in before.items())
+    first = model.generator.model.layers[0].mlp.up_proj.base.weight
+    assert not torch.equal(model.compressor.backbone.layers[0].mlp.up_proj.weight, first)
 
 
 # ---- checkpoints
@@ -217,16 +242,24 @@ def test_a_checkpoint_gives_the_same_model(tiny, tmp_path, examples, kwargs):
 
 def test_checkpoints_that_do_not_fit(tiny, tmp_path):
     build(tiny).save(tmp_path)
-    with pytest.raises(ValueError, match="trained with another generator"):
-        ScaleDown.from_pretrained(tmp_path, generator=tiny("qwen2"))
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "twin")  # of the same shape
+    torch.manual_seed(99)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny("llama"))).save_pretrained(tmp_path / "twin")
+    for other in (tiny("qwen2"), str(tmp_path / "twin")):
+        with pytest.raises(ValueError, match="trained with another generator"):
+            ScaleDown.from_pretrained(tmp_path, generator=other)
     with open(tmp_path / "config.json") as f:
         config = json.load(f)
     with open(tmp_path / "config.json", "w") as f:
         json.dump({**config, "num_memory_tokens": 5}, f)
-    with pytest.raises(ValueError, match=r"does not fit: compressor.memory_tokens is \(3, 32\) there and \(5, 32\) here"):
+    with pytest.raises(ValueError, match=r"memory_tokens is \(3, 32\) there and \(5, 32\) here"):
         ScaleDown.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="holds no checkpoint"):
         ScaleDown.from_pretrained(tmp_path / "nothing")
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json is (damaged|not the config.json)"):
+            ScaleDown.from_pretrained(tmp_path)
 
 
 def test_two_learning_rates_and_decay_only_on_matrices(tiny):

@@ -1,5 +1,7 @@
 """train.py and sample.py as a user runs them."""
 
+import ast
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +12,7 @@ import pytest
 from conftest import EXAMPLES
 
 from data import normalize
-from model import ScaleDown
+from model import ScaleDown, ScaleDownConfig
 
 TEXTS = ["bridge", "stone; red", "the mayor is", "mayor of Loku", "keeps", "near it", "made of facts", "Question"]
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -90,11 +92,13 @@ def test_a_resumed_run_goes_on_bit_for_bit(job, trained):
 
 def test_eval_only_changes_nothing(job, trained):
     args, out_dir, _ = job
-    before = {f: os.stat(f"{out_dir}/{f}").st_mtime_ns for f in os.listdir(out_dir) if f != "metrics.jsonl"}
+    before = {f: os.stat(f"{out_dir}/{f}").st_mtime_ns for f in os.listdir(out_dir)}
     out = run("train.py", *args, "--init_from=resume", "--eval_only=True")
-    last = [x for x in metrics(out_dir) if "val_loss" in x]
-    assert last[-1] == last[-2] and f"{last[-1]['val_loss']:.4f}" in out
-    assert before == {f: os.stat(f"{out_dir}/{f}").st_mtime_ns for f in os.listdir(out_dir) if f != "metrics.jsonl"}
+    losses = {x["step"]: x["val_loss"] for x in metrics(out_dir) if "val_loss" in x}
+    assert f"val_loss {losses[10]:.4f}" in out
+    assert before == {f: os.stat(f"{out_dir}/{f}").st_mtime_ns for f in os.listdir(out_dir)}
+    out = run("train.py", *args, f"--out_dir={out_dir}/best", "--init_from=resume", "--eval_only=True")
+    assert f"val_loss {min(losses[5], losses[10]):.4f}" in out  # best is the lowest
 
 
 def test_sample_answers_a_file_in_three_modes(job, trained):
@@ -133,6 +137,23 @@ def test_sample_answers_a_question(job, trained, tmp_path):
     assert "teacher" in out
 
 
+def test_in_bfloat16_with_checkpointing_and_so_many_steps(job, tmp_path):
+    args, _, _ = job
+    run("train.py", *args, f"--out_dir={tmp_path}", "--dtype=bfloat16", "--gradient_checkpointing=True", "--max_iters=3",
+        "--compressor_lr=1e-3", "--generator_lr=1e-3")
+    exact = str(tmp_path / "float32")
+    run("train.py", *args, f"--out_dir={exact}", "--max_iters=3", "--compressor_lr=1e-3", "--generator_lr=1e-3")
+    assert losses(tmp_path) == pytest.approx(losses(exact), rel=0.05) and len(losses(exact)) == 3
+
+
+def test_the_scripts_defaults_are_the_models():
+    with open(os.path.join(ROOT, "train.py")) as f:
+        settings = {n.targets[0].id: n.value for n in ast.parse(f.read()).body
+                    if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+    for field in dataclasses.fields(ScaleDownConfig):
+        assert ast.literal_eval(settings[field.name]) == field.default, field.name
+
+
 def test_bad_input_to_train(job, tmp_path):
     args, _, folder = job
     fresh = [*args, f"--out_dir={tmp_path / 'out'}"]
@@ -143,6 +164,8 @@ def test_bad_input_to_train(job, tmp_path):
     assert "num_layers=9, but" in run("train.py", *fresh, "--num_layers=9", ok=False)
     assert "no/such/model" in run("train.py", *fresh, "--generator=no/such/model", ok=False)
     assert "device is cpu, cuda" in run("train.py", *fresh, "--device=abacus", ok=False)
+    assert "compressor_lr must be at least 0, not -0.1" in run("train.py", *fresh, "--compressor_lr=-0.1", ok=False)
+    assert "beta1 and beta2 must be less than 1" in run("train.py", *fresh, "--beta2=1.0", ok=False)
     assert "compressor_type is n_layers or modernbert" in run("train.py", *fresh, "--compressor_type=zip", ok=False)
     assert "holds no checkpoint" in run("train.py", *fresh, "--init_from=resume", ok=False)
     assert not (tmp_path / "out").exists()
@@ -168,6 +191,9 @@ def test_bad_questions(job, trained, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"title": "no text"}\n')
     assert "bad.jsonl, line 1" in run(*args, "--query=who?", f"--docs={tmp_path / 'bad.jsonl'}", ok=False)
     assert "batch_size must be at least 1" in run(*args, "--batch_size=0", ok=False)
+    assert "leave out --query" in run(*args, "--query=who?", "--docs=LICENSE", "--data=LICENSE", ok=False)
+    (tmp_path / "latin.txt").write_bytes("Café".encode("latin-1"))
+    assert "latin.txt: 'utf-8'" in run(*args, "--query=who?", f"--docs={tmp_path / 'latin.txt'}", ok=False)
     assert "holds no checkpoint" in run("sample.py", "--out_dir=nowhere", "--query=who?", "--docs=LICENSE", ok=False)
 
 
@@ -178,7 +204,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(job, t
     (tmp_path / "huge.jsonl").write_text("".join(lines))
     said = run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", "--epochs=4.0",
                f"--train_data={tmp_path / 'huge.jsonl'}", ok=False)
-    assert "step 10: loss inf" in said and f"{kept} holds the checkpoint of step 10" in said
+    assert "step 11: loss inf" in said and f"{kept} holds the checkpoint of step 10" in said
+    # weights that blew up in a step whose own loss was finite
+    said = run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", "--epochs=4.0", "--compressor_lr=1e38",
+               "--eval_interval=1", ok=False)
+    assert "step 11: validation loss nan" in said and f"{kept} holds the checkpoint of step 10" in said
     for name in ("compressor.safetensors", "adapter_model.safetensors", "optimizer.pt"):
         with open(f"{kept}/{name}", "rb") as a, open(f"{out_dir}/{name}", "rb") as b:
             assert a.read() == b.read()

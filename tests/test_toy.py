@@ -51,8 +51,11 @@ def toy(folder, prepare_settings, train_settings):
     for name in ("configurator", "data", "lora", "compressor", "model", "prepare", "train", "sample"):
         shutil.copy(ROOT / f"{name}.py", folder)
     shutil.copytree(ROOT / "config", folder / "config")
-    if prepare_settings:
-        subprocess.run([sys.executable, "prepare.py", "--dataset=toy", *prepare_settings], cwd=folder, check=True)
+    script = (folder / "prepare.py").read_text()
+    for name, value in prepare_settings.items():
+        script, n = regex.subn(rf"^{name} = \d+", f"{name} = {value}", script, flags=regex.MULTILINE)
+        assert n == 1
+    (folder / "prepare.py").write_text(script)
     env = {**os.environ, "PYTHONPATH": ""}
     out = subprocess.run([sys.executable, "train.py", "config/toy.py", *train_settings], cwd=folder, check=True,
                          capture_output=True, text=True, env=env).stdout
@@ -62,7 +65,7 @@ def toy(folder, prepare_settings, train_settings):
 
 
 def test_the_toy_in_short(tmp_path):
-    out, scores = toy(tmp_path, ["--llm_steps=3", "--train_examples=64", "--val_examples=20", "--test_examples=10"],
+    out, scores = toy(tmp_path, dict(llm_steps=3, train_examples=64, val_examples=20, test_examples=10),
                       ["--epochs=1.0", "--eval_samples=4"])
     assert "2 steps of 32" in out and "positions read by the generator" in out and "teacher" in out
     assert scores.keys() == {"compressed", "full", "none"}
@@ -70,5 +73,5 @@ def test_the_toy_in_short(tmp_path):
 
 @pytest.mark.slow
 def test_the_toy_learns(tmp_path):
-    out, scores = toy(tmp_path, [], [])
+    out, scores = toy(tmp_path, {}, [])
     assert scores["compressed"]["em"] >= 0.90 and scores["full"]["em"] >= 0.95 and scores["none"]["em"] <= 0.10
