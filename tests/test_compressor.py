@@ -99,6 +99,12 @@ def test_query_and_document_do_not_share_their_tokens(tiny, kind):
         assert (shorter - memory(q, d)).abs().max() > 1e-3
 
 
+def test_no_space_slips_in_between_query_and_document(tiny):
+    c = n_layers(tiny("mistral"))
+    assert c.tokenizer.convert_ids_to_tokens(c.between) == ["\n"]
+    assert c.tokenizer.convert_ids_to_tokens(c.tokenizer("\n", add_special_tokens=False).input_ids) == ["▁", "\n"]
+
+
 def test_num_layers_beyond_the_backbone(tiny):
     with pytest.raises(ValueError, match="num_layers=5, but .* has 4 layers"):
         n_layers(tiny("llama"), num_layers=5)
