@@ -223,7 +223,8 @@ if wandb_log:
 model.train()
 step, saved = start, start
 batches = get_micro_batches(step)
-tokens_read, t0 = 0, time.time()
+# what a log line tells of the steps since the last one or since an evaluation: sums of losses, real tokens read
+losses, num_steps, tokens_read, t0 = {}, 0, 0, time.time()
 while True:
     # evaluate and write checkpoints; a resumed run has done so at the step it begins with
     if (step % eval_interval == 0 or step == steps) and (step > start or init_from == "scratch") or eval_only:
@@ -239,7 +240,7 @@ while True:
                 model.save(f"{out_dir}/best")
             save(step)
             saved = step
-        tokens_read, t0 = 0, time.time()
+        losses, num_steps, tokens_read, t0 = {}, 0, 0, time.time()
     if step >= steps:
         break
 
@@ -247,16 +248,15 @@ while True:
         group["lr"] = lr * lr_factor(step)
     # the mean over all answer tokens of the step, however they are spread over its micro-batches
     num_answer_tokens = sum((b["labels"] != -100).sum().item() for b in batches)
-    # real tokens that compressor and generator read
     tokens_read += sum(mask.sum().item() for b in batches for mask in (b["tail_mask"], *b["compressor"].values())
                        if mask.dtype == torch.bool)
-    loss, losses = 0.0, {}
+    loss = 0.0
     for batch in batches:
         with ctx:
             part, parts = forward(model.to_device(batch), num_answer_tokens, examples_per_step)
         part.backward()
         loss += part.detach()
-        for name, value in parts.items():
+        for name, value in {"loss": part.detach(), **parts}.items():
             losses[name] = losses.get(name, 0.0) + value
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
     if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
@@ -265,14 +265,15 @@ while True:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     step += 1
+    num_steps += 1
     if step < steps:
         batches = get_micro_batches(step)
     if step % log_interval == 0 or step == steps:
         seconds = time.time() - t0
-        log({"step": step, "loss": loss.item(), **{name: value.item() for name, value in losses.items()},
+        log({"step": step, **{name: value.item() / num_steps for name, value in losses.items()},
              "generator_lr": generator_lr * lr_factor(step - 1), "compressor_lr": compressor_lr * lr_factor(step - 1),
              "grad_norm": norm.item(), "tokens_per_s": round(tokens_read / seconds)})
-        tokens_read, t0 = 0, time.time()
+        losses, num_steps, tokens_read, t0 = {}, 0, 0, time.time()
 
 if sample_at_end and not eval_only:
     args = dict(out_dir=f"{out_dir}/best", val_data=val_data, num_documents=num_documents, device=device, dtype=dtype)

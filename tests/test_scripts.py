@@ -155,6 +155,10 @@ def test_in_bfloat16_with_checkpointing_and_so_many_steps(job, tmp_path):
     exact = str(tmp_path / "float32")
     run("train.py", *args, f"--out_dir={exact}", "--max_iters=3", "--compressor_lr=1e-3", "--generator_lr=1e-3")
     assert losses(tmp_path) == pytest.approx(losses(exact), rel=0.05) and len(losses(exact)) == 3
+    run("train.py", *args, f"--out_dir={tmp_path / 'mean'}", "--max_iters=3", "--compressor_lr=1e-3", "--generator_lr=1e-3",
+        "--log_interval=2")
+    of = losses(exact)  # a line tells the mean since the line before it
+    assert losses(tmp_path / "mean") == pytest.approx({2: (of[1] + of[2]) / 2, 3: of[3]})
 
 
 def test_the_scripts_defaults_are_the_models():
