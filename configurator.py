@@ -33,7 +33,8 @@ def configure(settings, argv=None):
     def override(name, value, where):
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            fail(f"{where}: unknown setting '{name}'" + (f", did you mean '{near[0]}'?" if near else ""))
+            fail(f"{where}: unknown setting '{name}'"
+                 + (f", did you mean '{near[0]}'?" if near else ": the settings stand at the top of the script"))
         wanted = type(settings[name])
         if wanted is float and type(value) is int:
             value = float(value)
@@ -56,7 +57,7 @@ def configure(settings, argv=None):
                     override(name, value, arg)
         else:
             if not arg.startswith("--") or "=" not in arg:
-                fail(f"'{arg}': a setting is written --name=value")
+                fail(f"'{arg}': a setting is written --name=value; they stand at the top of the script")
             name, text = arg[2:].split("=", 1)
             value = text
             if type(settings.get(name)) is not str:

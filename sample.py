@@ -89,7 +89,8 @@ try:
         examples = [examples[random.Random(seed).randrange(len(examples))]]
     model = ScaleDown.from_pretrained(out_dir, device, getattr(torch, dtype), **moved)
 except (ValueError, OSError) as e:
-    fail(str(e).splitlines()[0] + (" (python train.py config/toy.py makes the toy)" if "toy" in out_dir else ""))
+    missing_toy = isinstance(e, FileNotFoundError) and out_dir == "out/toy/best"
+    fail(str(e).splitlines()[0] + (": python train.py config/toy.py makes the toy" if missing_toy else ""))
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]
 for x in examples:
     x["documents"] = x["documents"][:num_documents or None]

@@ -144,6 +144,7 @@ if init_from == "resume" and not eval_only:
     if device.startswith("cuda") and "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
     del state
+    print(f"resuming {out_dir} at step {start:,}")
 parameters = [p for p in model.parameters() if p.requires_grad]
 forward = torch.compile(model) if compile else model
 count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6

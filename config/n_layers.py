@@ -1,5 +1,5 @@
 # The paper's main run, OSCAR with the first 8 layers of Mistral-7B as compressor (Table 7), on one 80 GB GPU.
-# train_data comes from prepare.py: MS MARCO and PISCO's queries over Wikipedia, answers by the teacher.
+# train_data: in the paper MS MARCO's and PISCO's queries over Wikipedia, with Mistral's answers.
 out_dir = "out/n_layers"
 generator = "mistralai/Mistral-7B-Instruct-v0.2"
 compressor_type = "n_layers"
