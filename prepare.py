@@ -11,6 +11,7 @@ import json
 import os
 import random
 from itertools import product
+from pathlib import Path
 
 import regex
 import torch
@@ -183,12 +184,13 @@ def teacher_answers(model, tokenizer, examples):
 
 
 def make_toy():
+    # train.py takes train.jsonl as the sign that the toy is complete: it goes first and comes back last
+    Path("data/toy/train.jsonl").unlink(missing_ok=True)
     rng = random.Random(seed)
     tokenizer = make_tokenizer("data/toy/llm", rng)
     make_encoder("data/toy/encoder", tokenizer)
     llm = train_llm(tokenizer, rng)
     llm.save_pretrained("data/toy/llm")
-    # train.jsonl last: train.py takes it as the sign that the toy is complete
     for split, n in (("test", test_examples), ("val", val_examples), ("train", train_examples)):
         examples = [draw_example(rng) for _ in range(n)]
         for x, answer in zip(examples, teacher_answers(llm, tokenizer, examples)):
