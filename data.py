@@ -64,10 +64,8 @@ class Examples:
         self.spans = array("q")  # start and end of example i at 2 i and 2 i + 1
         if os.path.getsize(path) == 0:
             raise ValueError(f"{path} holds no examples")
-        with open(path, "rb") as f:
-            self.file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        for start, end in self.list_items() if path.endswith(".json") else self.lines():
-            text = self.file[start:end]
+        self.file = open(path, "rb")
+        for start, end, text in self.list_items() if path.endswith(".json") else self.lines():
             try:
                 x = json.loads(text)
                 if b"\\ud" in text.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
@@ -82,43 +80,47 @@ class Examples:
             raise ValueError(f"{path} holds no examples")
 
     def at(self, offset, wrong):
-        line = self.file[:offset].count(b"\n") + 1
+        with open(self.path, "rb") as f:
+            line = 1 + sum(f.read(min(1 << 20, offset - start)).count(b"\n") for start in range(0, offset, 1 << 20))
         return f"{self.path}, line {line}: {wrong}"
 
     def lines(self):
+        """(start, end, text) of every line that is not blank. Read, not mapped: mapped pages would stay in memory."""
         start = 0
-        for line in iter(self.file.readline, b""):
+        for line in self.file:
             if line.strip():
-                yield start, start + len(line)
+                yield start, start + len(line), line
             start += len(line)
 
     def list_items(self):
-        """Spans of the objects of a JSON list, found by counting brackets outside strings."""
+        """(start, end, text) of the objects of a JSON list, found by counting brackets outside strings."""
         depth, separator = 0, b"["
-        end = len(codecs.BOM_UTF8) if self.file[:3] == codecs.BOM_UTF8 else 0
-        for m in re.finditer(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', self.file, re.DOTALL):
+        file = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        end = len(codecs.BOM_UTF8) if file[:3] == codecs.BOM_UTF8 else 0
+        for m in re.finditer(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', file, re.DOTALL):
             c = m[0][:1]
             if c in b"[{":
                 depth += 1
                 if depth == 2:
                     start = m.start()
-                    if self.file[end:start].strip() != separator:
+                    if file[end:start].strip() != separator:
                         raise ValueError(self.at(end, "broken JSON: a file ending in .json holds a list of objects"))
             elif c in b"]}":
                 depth -= 1
                 if depth == 1:
                     end, separator = m.end(), b","
-                    yield start, end
-        if b"".join(self.file[end:].split()) == b"[]":
+                    yield start, end, file[start:end]
+        if b"".join(file[end:].split()) == b"[]":
             return
-        if depth != 0 or self.file[end:].strip() != b"]":
+        if depth != 0 or file[end:].strip() != b"]":
             raise ValueError(self.at(end, "broken JSON: the list does not end as a list of objects does"))
 
     def __len__(self):
         return len(self.spans) // 2
 
     def __getitem__(self, i):
-        return json.loads(self.file[self.spans[2 * i]:self.spans[2 * i + 1]])
+        start, end = self.spans[2 * i], self.spans[2 * i + 1]
+        return json.loads(os.pread(self.file.fileno(), end - start, start))
 
 
 def normalize(text):
