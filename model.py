@@ -34,6 +34,15 @@ def document_text(document):
     return f"{document.get('title', '')}\n{document['text']}".strip()
 
 
+def chat_messages(query, documents=None, system_role=True):
+    """The chat behind every prompt; documents: their texts as one string, None for a prompt without any."""
+    system = SYSTEM_NO_DOCUMENTS if documents is None else SYSTEM
+    user = f"Question: {query}" if documents is None else f"Background:\n{documents}\n\nQuestion: {query}"
+    if system_role:
+        return [dict(role="system", content=system), dict(role="user", content=user)]
+    return [dict(role="user", content=f"{system}\n\n{user}")]
+
+
 class Prompt:
     """The generator's prompt, rendered once by its chat template and cut where documents, query and answer go:
 
@@ -45,23 +54,23 @@ class Prompt:
     def __init__(self, tokenizer, with_documents=True):
         self.tokenizer = tokenizer
         D, Q, A = "[[documents]]", "[[query]]", "[[answer]]"
-        system = SYSTEM if with_documents else SYSTEM_NO_DOCUMENTS
-        user = f"Background:\n{D}\n\nQuestion: {Q}" if with_documents else f"Question: {Q}"
+        documents = D if with_documents else None
+        self.system_role = tokenizer.chat_template is not None
+        messages = chat_messages(Q, documents, self.system_role)
         if tokenizer.chat_template is None:
             bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else None
-            text, answer_start, end = f"{bos or ''}{system}\n\n{user}\n\nAnswer:", " ", ""
+            text, answer_start, end = f"{bos or ''}{messages[0]['content']}\n\nAnswer:", " ", ""
         else:
             def render(messages, **kwargs):
                 # enable_thinking: models that can reason aloud first (Qwen3) answer at once; others ignore it
                 return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **kwargs)
             answer = dict(role="assistant", content=A)
-            messages = [dict(role="system", content=system), dict(role="user", content=user)]
             try:
                 text, whole = render(messages, add_generation_prompt=True), render(messages + [answer])
             except Exception:  # a template refuses a role by raising, each in its own way
                 text = whole = ""
-            if system not in text or not whole.startswith(text):
-                messages = [dict(role="user", content=f"{system}\n\n{user}")]
+            if messages[0]["content"] not in text or not whole.startswith(text):
+                self.system_role, messages = False, chat_messages(Q, documents, system_role=False)
                 text, whole = render(messages, add_generation_prompt=True), render(messages + [answer])
             if not whole.startswith(text):
                 raise ValueError("the chat template does not write an answer behind its own generation prompt")

@@ -1,30 +1,98 @@
 """
-Makes training data. So far the toy world, which needs no network and no GPU:
+Makes training data (paper, section 4): from a corpus and queries, by retrieval, reranking and a teacher's answers,
+
+    python prepare.py config/prepare_msmarco.py
+    python prepare.py --dataset=wiki --corpus=corpus.jsonl --queries=queries.jsonl --teacher=gold
+
+or the toy world, which needs no network and no GPU and comes with its own tiny language model:
 
     python prepare.py --dataset=toy
 
-writes data/toy/{train,val,test}.jsonl and data/toy/llm, a tiny language model: the toy's generator and teacher.
+Everything is written into data/NAME. What is there and complete is not made again: after a crash the same command goes
+on where it stopped. torchrun --nproc_per_node=N prepare.py .. shares the work and writes the same files.
 """
 
-import base64
-import json
 import os
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same digits with any number of threads; read when MKL starts
+
+import base64
+import concurrent.futures
+import gzip
+import json
 import random
-from itertools import product
+import re
+import shutil
+import threading
+import time
+import zlib
+from array import array
+from contextlib import contextmanager
+from datetime import timedelta
+from hashlib import blake2b, sha256
+from itertools import groupby, islice, product
 from pathlib import Path
 
+import numba
+import numpy as np
 import regex
+import requests
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedTokenizerFast,
+    logging,
+)
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.auto import modeling_auto
 
-from configurator import at_least, configure, fail
+from compressor import left_pad
+from configurator import at_least, configure, fail, torch_device
 from data import mean_scores
-from model import Prompt
+from model import Prompt, chat_messages, document_text
 
 # -----------------------------------------------------------------------------
-dataset = "toy"
+dataset = "toy"  # the result goes into data/NAME
+# where it comes from
+corpus = ""  # BEIR's corpus.jsonl, KILT's knowledge source, or a .tsv of id, text (and title); .gz too
+queries = ""  # BEIR's queries.jsonl, a .tsv of id, text (MS MARCO's), or plain lines; .gz too
+run = ""  # a TREC run over data/NAME/corpus.jsonl, in place of our own retrieval; .gz too
+max_passages = 0  # the first so many documents of the corpus; 0 = all
+max_queries = 0  # the first so many queries; 0 = all
+# the models: a name of the hub or a folder
+generator = "mistralai/Mistral-7B-Instruct-v0.2"  # for which the data is made: its tokens count
+splade = "naver/splade-v3"  # any masked language model trained as SPLADE
+reranker = "naver/trecdl22-crossencoder-debertav3"  # any cross-encoder with one score; empty: retrieval's order, scores
+teacher = "mistralai/Mistral-7B-Instruct-v0.2"  # any causal LM; or gold: the queries' gold answers
+teacher_url = ""  # ask an OpenAI-compatible server for the teacher's answers, such as http://localhost:8000/v1
+teacher_requests = 16  # so many at a time (for each process under torchrun)
+teacher_retries = 8  # of one request; the waits between double, from 1 s to 60 s
+teacher_timeout = 300.0  # seconds for one answer
+# sizes
+doc_tokens = 128  # of a chunk, its title included
+query_tokens = 64  # longer queries are cut
+answer_tokens = 128
+top_k = 50  # retrieved
+num_documents = 5  # kept after reranking
+val_fraction = 0.01  # of the queries
+batch_tokens = 16384  # tokens in a batch of any of the models
+overwrite = False  # make anew what was made with other settings
+device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # of the models' weights
+# of the toy
 seed = 1337
 train_examples = 36000
 val_examples = 500
@@ -32,7 +100,909 @@ test_examples = 500
 llm_steps = 300  # to train the toy's language model
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":
-    configure(globals())
+    settings = configure(globals())
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+# ---- files that appear when they are complete, and parts of them that processes take turns in
+
+
+def name_file(error, path):
+    """A full disk does not say which file it was."""
+    if error.errno and not error.filename:
+        error.filename = str(path)
+
+
+@contextmanager
+def replacing(path):
+    """Writes PATH.tmp, flushes it to disk and renames it: a file that has its name is complete."""
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as e:
+        name_file(e, path)
+        raise
+
+
+def barrier():
+    if world > 1:
+        dist.barrier()
+
+
+def part_size(n, most):
+    """Items in a part: a function of n alone, so that no result depends on the number of processes. At least 8 parts
+    (so many processes can share a small job), none larger than `most` (which a crash can cost)."""
+    return max(1, min(most, -(-n // 8)))
+
+
+def parts_of(items, size):
+    items = iter(items)
+    while part := list(islice(items, size)):
+        yield part
+
+
+def make_parts(folder, parts, write, bar=None):
+    """Part i goes into the file FOLDER/i, by write(file, part), in process i % world; what is there stays.
+    Returns the number of parts."""
+    os.makedirs(folder, exist_ok=True)
+    n = 0
+    for n, part in enumerate(parts, 1):
+        path = f"{folder}/{n - 1:06d}"
+        if n % world == rank and not os.path.exists(path):
+            with replacing(path) as f:
+                write(f, part)
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
+    barrier()
+    return n
+
+
+def join_parts(path, n):
+    """The first process makes the file PATH of the n files in PATH.parts, which go when the manifest knows of PATH."""
+    if rank == 0:
+        with replacing(path) as f:
+            for i in range(n):
+                with open(f"{path}.parts/{i:06d}", "rb") as part:
+                    shutil.copyfileobj(part, f)
+    barrier()
+
+
+def progress(what, **kwargs):
+    return tqdm(desc=f"{what:9}", disable=rank > 0, mininterval=1, **kwargs)
+
+
+def to_line(x):
+    return json.dumps(x, ensure_ascii=False).encode() + b"\n"
+
+
+# ---- reading what others wrote
+
+
+def lines(path, bar=None):
+    """(line number, line without its end) of every line that is not blank of a text file or .gz; bar counts bytes."""
+    try:
+        with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as e:
+                    fail(f"{path}, line {number}: not UTF-8: {e.reason} at byte {e.start} of the line")
+                if bar is not None and number % 1000 == 0:
+                    bar.update(raw.tell() - bar.n)
+                if text.strip():
+                    yield number, text
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        fail(f"{path}: a damaged gzip file: {e}")
+
+
+def records(path, bar=None):
+    """("FILE, line N", object) of every line of a JSON Lines or .tsv file (id, text, perhaps title)."""
+    tsv = path.removesuffix(".gz").endswith(".tsv")
+    for number, line in lines(path, bar):
+        where = f"{path}, line {number}"
+        if tsv:
+            columns = line.split("\t")
+            if len(columns) < 2:
+                fail(f"{where}: no tab: a .tsv file holds id, text on a line")
+            x = dict(zip(("_id", "text", "title"), columns))
+        else:
+            try:
+                x = json.loads(line)
+                if "\\ud" in line.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
+                    json.dumps(x, ensure_ascii=False).encode()
+            except ValueError as e:
+                fail(f"{where}: broken JSON: {e}")
+            if not isinstance(x, dict):
+                fail(f"{where}: not a JSON object")
+        yield where, x
+
+
+def check_id(where, x):
+    """Ids stand in TREC runs, whose columns are parted by white space."""
+    if isinstance(x, bool) or not isinstance(x, (str, int)) or str(x).split() != [str(x)]:
+        fail(f"{where}: '_id' is missing or empty" if x in (None, "") else f"{where}: _id {x!r} is no word or number")
+    return str(x)
+
+
+def read_documents(path, bar=None):
+    """(id, title, text) of every document of a corpus. KILT's text is a list of paragraphs: the first repeats the
+    title, headings and list items carry a mark."""
+    for where, x in records(path, bar):
+        title, text = x.get("title", x.get("wikipedia_title")) or "", x.get("text")
+        if isinstance(text, list) and all(isinstance(p, str) for p in text):
+            paragraphs = [re.sub(r"^(Section::::|BULLET::::-?\s*)", "", p).strip() for p in text]
+            text = "\n".join(p for i, p in enumerate(paragraphs) if p and (i > 0 or p != title))
+        for name, value in (("text", text), ("title", title)):
+            if not isinstance(value, str):
+                fail(f"{where}: '{name}' is missing or no string")
+        yield check_id(where, x.get("_id", x.get("wikipedia_id"))), title.strip(), text
+
+
+def read_queries(path):
+    """(where, {"_id", "text", "answers"}) of every query; without ids a query's line number is its id."""
+    if not path.removesuffix(".gz").endswith((".jsonl", ".tsv")):
+        for number, line in lines(path):
+            yield f"{path}, line {number}", dict(_id=str(number), text=line.strip(), answers=[])
+        return
+    for where, x in records(path):
+        text, metadata = x.get("text"), x.get("metadata")
+        if not isinstance(text, str) or not text.strip():
+            fail(f"{where}: 'text' is missing or empty")
+        answers = metadata.get("answers", []) if isinstance(metadata, dict) else []
+        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            fail(f"{where}: metadata.answers is not a list of strings")
+        yield where, dict(_id=check_id(where, x.get("_id")), text=text.strip(), answers=answers)
+
+
+def read_run(path):
+    """(query id, [(passage id, score), ..]) of a run file of ours: the lines of a query stand together, best first."""
+    rows = (line.split() for _, line in lines(path))
+    for query, group in groupby(rows, key=lambda row: row[0]):
+        yield query, [(row[2], float(row[4])) for row in group]
+
+
+def run_lines(query, passages, scores, tag):
+    """Lines of a TREC run: query, Q0, passage, rank, score, tag."""
+    return b"".join(f"{query} Q0 {p} {i} {s:.6f} {tag}\n".encode() for i, (p, s) in enumerate(zip(passages, scores), 1))
+
+# ---- 1. the corpus, in chunks
+
+
+def chunk(tokenizer, documents, max_tokens):
+    """documents [(id, title, text), ..] -> [{"_id": "ID#0", "title", "text"}, ..]: each text cut where every so many
+    tokens begin, so that title and text have max_tokens (at least half of them for the text), as the models read them.
+
+    No character is lost but white space at a cut: a character of several tokens goes with the first of them.
+    """
+    if not documents:
+        return []
+    titles = tokenizer([title + "\n" for _, title, _ in documents], add_special_tokens=False).input_ids
+    encodings = tokenizer([text for _, _, text in documents], add_special_tokens=False, return_offsets_mapping=True,
+                          verbose=False).offset_mapping
+    out = []
+    for (id, title, text), title_ids, offsets in zip(documents, titles, encodings):
+        size = max(max_tokens - len(title_ids) * bool(title), -(-max_tokens // 2))
+        cuts = [0, *(start for start, _ in offsets[size::size]), len(text)]
+        pieces = filter(None, (text[a:b].strip() for a, b in zip(cuts, cuts[1:])))
+        out += [dict(_id=f"{id}#{i}", title=title, text=piece) for i, piece in enumerate(pieces)]
+    return out
+
+
+def id_hash(id):
+    return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+class Corpus:
+    """corpus.jsonl, a chunk by its number or its id. Memory holds none of it: offsets and hashes of ids are mapped from
+    disk (corpus.index)."""
+
+    def __init__(self, folder):
+        self.file = open(f"{folder}/corpus.jsonl", "rb")
+        index = load_file(f"{folder}/corpus.index")
+        self.offsets, self.hashes, self.order = (index[name].numpy() for name in ("offsets", "hashes", "order"))
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, number):
+        self.file.seek(self.offsets[number])
+        return json.loads(self.file.readline())
+
+    def numbers(self, ids):
+        """Ids -> numbers of chunks, -1 for an id that is none."""
+        hashes = np.fromiter(map(id_hash, ids), np.int64, len(ids))
+        at = np.searchsorted(self.hashes, hashes).clip(max=len(self) - 1)
+        return np.where(self.hashes[at] == hashes, self.order[at], -1)
+
+    def of(self, hits):
+        """The chunks of a query's (id, score) pairs."""
+        return [self[i] for i in self.numbers([id for id, _ in hits])]
+
+
+def make_corpus(folder):
+    tokenizer = AutoTokenizer.from_pretrained(generator)
+    counts = dict(documents=0, empty_documents=0)
+
+    def documents(bar):
+        for id, title, text in islice(read_documents(corpus, bar), max_passages or None):
+            counts["documents"] += 1
+            counts["empty_documents"] += not text.strip()
+            yield id, title, text
+
+    def write(f, part):
+        for batch in parts_of(part, 256):
+            f.writelines(map(to_line, chunk(tokenizer, batch, doc_tokens)))
+
+    with progress("corpus", total=os.path.getsize(corpus), unit="B", unit_scale=True) as bar:
+        n = make_parts(f"{folder}/corpus.jsonl.parts", parts_of(documents(bar), 8192), write)
+    join_parts(f"{folder}/corpus.jsonl", n)
+    if rank == 0:
+        counts["chunks"] = index_corpus(folder)
+    return counts
+
+
+def index_corpus(folder):
+    """Writes corpus.index: the chunks' offsets and their ids' hashes. Returns the number of chunks."""
+    offsets, hashes, position = array("q"), array("q"), 0
+    with open(f"{folder}/corpus.jsonl", "rb") as f:
+        for line in progress("ids", iterable=f, unit=" chunks"):
+            offsets.append(position)
+            hashes.append(id_hash(json.loads(line)["_id"]))
+            position += len(line)
+    if not offsets:
+        fail(f"{corpus} holds no text")
+    hashes = torch.frombuffer(hashes, dtype=torch.int64)
+    hashes, order = hashes.sort(stable=True)
+    with replacing(f"{folder}/corpus.index") as f:
+        f.write(to_safetensors(dict(offsets=torch.frombuffer(offsets, dtype=torch.int64), hashes=hashes, order=order)))
+    same = (hashes[1:] == hashes[:-1]).nonzero()
+    if len(same):
+        id = Corpus(folder)[order[same[0, 0]].item()]["_id"].rpartition("#")[0]
+        places = [where for where, x in records(corpus) if str(x.get("_id", x.get("wikipedia_id"))) == id]
+        fail(f"{places[1]}: the _id '{id}' stands already in {places[0].rpartition(', ')[2]}")
+    return len(offsets)
+
+
+# ---- 2. the queries
+
+
+def make_queries(folder):
+    tokenizer = AutoTokenizer.from_pretrained(generator)
+    prompt = Prompt(tokenizer)
+    counts = dict(queries=0, duplicates=0, cut=0, with_gold_answers=0)
+    if rank == 0:
+        texts, ids = set(), {}
+        with replacing(f"{folder}/queries.jsonl") as f, progress("queries", unit="") as bar:
+            for part in parts_of(read_queries(queries), 1024):
+                short = prompt.cut([x["text"] for _, x in part], query_tokens)
+                for (where, x), text in zip(part, short):
+                    if ids.setdefault(x["_id"], where) != where:
+                        fail(f"{where}: the _id '{x['_id']}' stands already in {ids[x['_id']].rpartition(', ')[2]}")
+                    if text.strip() in texts:
+                        counts["duplicates"] += 1
+                    elif not max_queries or counts["queries"] < max_queries:
+                        texts.add(text.strip())
+                        counts["queries"] += 1
+                        counts["cut"] += text != x["text"]
+                        counts["with_gold_answers"] += bool(x["answers"])
+                        f.write(to_line(dict(_id=x["_id"], text=text.strip(), metadata=dict(answers=x["answers"]))))
+                    bar.update()
+            if not counts["queries"]:
+                fail(f"{queries} holds no queries")
+        if counts["duplicates"] or counts["cut"]:
+            print(f"{queries}: {counts['duplicates']:,} duplicates dropped, {counts['cut']:,} queries longer than "
+                  f"{query_tokens} tokens cut")
+    barrier()
+    return counts
+
+
+# ---- 3. retrieval with SPLADE (arXiv 2403.06789)
+
+
+def by_length(lengths, batch_tokens):
+    """Indices in batches of similar length, the longest first; a batch, padded, holds at most batch_tokens tokens."""
+    batch = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def pad(tokenizer, encodings, batch):
+    return tokenizer.pad({name: [rows[i] for i in batch] for name, rows in encodings.items()}, return_tensors="pt")
+
+
+class Splade:
+    """log(1 + max over the text's tokens of relu(logit)), for every word of the vocabulary.
+
+    log(1 + relu(x)) is monotone, so the maximum over the tokens is taken first, one text at a time and in place of the
+    model's output layer: logits of shape (B, T, V), half a gigabyte for 4,096 tokens, never exist.
+    """
+
+    def __init__(self, name, device, dtype):
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModelForMaskedLM.from_pretrained(name, dtype=dtype).eval().to(device)
+        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        self.output = self.model.get_output_embeddings()
+        self.output.forward = self.max_over_tokens
+
+    def max_over_tokens(self, hidden):
+        W, b = self.output.weight, self.output.bias  # (V, d), (V,)
+        rows = torch.stack([torch.mm(h[:n], W.T).amax(0) for h, n in zip(hidden, self.lengths)])  # (B, V)
+        return rows if b is None else rows + b
+
+    @torch.inference_mode()
+    def encode(self, texts, batch_tokens):
+        """n texts -> pointers (n + 1,), words, weights: row i of the sparse (n, V) matrix is words[pointers[i]:
+        pointers[i + 1]] and the weights beside them. numpy arrays."""
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        rows, lengths = [None] * len(texts), [len(x) for x in ids["input_ids"]]
+        for batch in by_length(lengths, batch_tokens):
+            self.lengths = [lengths[i] for i in batch]
+            weights = self.model(**pad(self.tokenizer, ids, batch).to(self.model.device)).logits  # (B, V)
+            weights = weights.float().relu().log1p()
+            row, word = weights.nonzero(as_tuple=True)
+            counts = row.bincount(minlength=len(batch)).tolist()
+            for i, w, v in zip(batch, word.int().cpu().split(counts), weights[row, word].cpu().split(counts)):
+                rows[i] = w.numpy(), v.numpy()
+        pointers = np.cumsum([0] + [len(words) for words, _ in rows])
+        return pointers, np.concatenate([w for w, _ in rows]), np.concatenate([v for _, v in rows])
+
+
+def inverted(pointers, words, weights, vocab_size):
+    """A sparse (n, V) matrix by rows -> the same by words, as tensors: passages[pointers[w]:pointers[w + 1]] are the
+    rows that have word w, in ascending order, and the weights beside them."""
+    passages = np.repeat(np.arange(len(pointers) - 1, dtype=np.int32), np.diff(pointers))
+    order = np.argsort(words, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(words, minlength=vocab_size))])
+    return dict(pointers=torch.from_numpy(starts), passages=torch.from_numpy(passages[order]),
+                weights=torch.from_numpy(weights[order]))
+
+
+def make_index(folder):
+    passages, model = Corpus(folder), Splade(splade, device, getattr(torch, dtype))
+
+    def write(f, numbers):
+        matrix = model.encode([document_text(passages[i]) for i in numbers], batch_tokens)
+        f.write(to_safetensors(inverted(*matrix, len(model.output.weight))))
+
+    size = part_size(len(passages), 50000)
+    n = make_parts(f"{folder}/index", parts_of(range(len(passages)), size), write,
+                   progress("index", total=len(passages), unit=" passages"))
+    return dict(shards=n, shard_size=size)
+
+
+@numba.njit(parallel=True, cache=True)
+def search_shard(q_pointers, q_words, q_weights, pointers, passages, weights, n, first, best, scores):
+    for q in numba.prange(len(q_pointers) - 1):
+        dense = np.zeros(n, np.float32)  # the query's scores of the shard's n passages
+        for j in range(q_pointers[q], q_pointers[q + 1]):
+            for p in range(pointers[q_words[j]], pointers[q_words[j] + 1]):
+                dense[passages[p]] += q_weights[j] * weights[p]
+        for p in range(n):
+            if dense[p] > scores[q, -1]:
+                i = scores.shape[1] - 1
+                while i > 0 and scores[q, i - 1] < dense[p]:
+                    scores[q, i], best[q, i] = scores[q, i - 1], best[q, i - 1]
+                    i -= 1
+                scores[q, i], best[q, i] = dense[p], first + p
+
+
+def search_shard_cuda(q_matrix, pointers, passages, weights, n, first, best, scores):
+    """The same with torch's sparse product. q_matrix (V, B), best and scores (B, k), all on the shard's device."""
+    B, k = best.shape
+    by_word = torch.sparse_csc_tensor(pointers, passages.long(), weights, (n, len(q_matrix)))
+    dense = (by_word.to_sparse_csr() @ q_matrix).T  # (B, n)
+    # only what beats the running k-th, and as much of that as can be among the k best
+    least = torch.maximum(scores[:, -1:], dense.topk(min(k, n)).values[:, -1:].nextafter(dense.new_tensor(-1.0)))
+    row, column = (dense > least).nonzero(as_tuple=True)
+    row = torch.cat([torch.arange(B, device=row.device).repeat_interleave(k), row])
+    found = torch.cat([best.flatten(), first + column])
+    score = torch.cat([scores.flatten(), dense[row[B * k:], column]])
+    order = score.argsort(descending=True, stable=True)  # stable: equals keep the order of the corpus
+    order = order[row[order].argsort(stable=True)]
+    counts = row.bincount(minlength=B)
+    starts = (counts.cumsum(0) - counts)[:, None] + torch.arange(k, device=row.device)  # the k first of every row
+    best.copy_(found[order[starts]])
+    scores.copy_(score[order[starts]])
+
+
+def search(folder, shard_size, queries, vocab_size, k, device):
+    """The k passages with the largest scores, exactly: the sum over words of the query's weight times the passage's.
+
+    queries: pointers, words, weights of a sparse (B, V) matrix. folder: of the shards, of shard_size passages each but
+    the last; the passages of shard i begin with number i * shard_size.
+    Returns passages (B, k), scores (B, k), best first; of equal scores the first in the corpus comes first; -1 and 0
+    where no further passage shares a word with the query. numpy arrays.
+    """
+    pointers, words, weights = queries
+    B = len(pointers) - 1
+    best, scores = torch.full((B, k), -1), torch.zeros(B, k)
+    on_cuda = str(device).startswith("cuda")
+    if on_cuda:
+        best, scores, q_matrix = best.to(device), scores.to(device), torch.zeros(vocab_size, B, device=device)
+        row = torch.arange(B).repeat_interleave(torch.from_numpy(np.diff(pointers)))
+        q_matrix[torch.from_numpy(words).long(), row] = torch.from_numpy(weights).to(device)
+    for i, shard in enumerate(sorted(os.listdir(folder))):
+        shard = load_file(f"{folder}/{shard}", device=str(device) if on_cuda else "cpu")  # mapped, not read, on a CPU
+        n = 1 + int(shard["passages"].max()) if len(shard["passages"]) else 0
+        args = shard["pointers"], shard["passages"], shard["weights"], n, i * shard_size
+        if on_cuda:
+            search_shard_cuda(q_matrix, *args, best, scores)
+        else:
+            search_shard(pointers, words, weights, *(a.numpy() if torch.is_tensor(a) else a for a in args),
+                         best.numpy(), scores.numpy())
+    return best.cpu().numpy(), scores.cpu().numpy()
+
+
+def make_run(folder):
+    if run:
+        return import_run(folder)
+    passages, model = Corpus(folder), Splade(splade, device, getattr(torch, dtype))
+    asked = load_queries(folder)
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    shard_size = part_size(len(passages), 50000)
+
+    def write(f, part):
+        rows = model.encode([x["text"] for x in part], batch_tokens)
+        best, scores = search(f"{folder}/index", shard_size, rows, len(model.output.weight), top_k, device)
+        for x, numbers, row in zip(part, best, scores):
+            found = numbers >= 0
+            f.write(run_lines(x["_id"], [passages[i]["_id"] for i in numbers[found]], row[found], "splade"))
+
+    n = make_parts(f"{folder}/run.retrieval.trec.parts", parts_of(asked, part_size(len(asked), 2048)), write,
+                   progress("retrieval", total=len(asked), unit=" queries"))
+    join_parts(f"{folder}/run.retrieval.trec", n)
+    return count_run(folder, "run.retrieval.trec")
+
+
+def load_queries(folder):
+    with open(f"{folder}/queries.jsonl", "rb") as f:
+        return [json.loads(line) for line in f]
+
+
+def count_run(folder, name):
+    lengths = [len(hits) for _, hits in read_run(f"{folder}/{name}")] if rank == 0 else []
+    return dict(queries=len(lengths), passages=sum(lengths))
+
+
+def import_run(folder):
+    """Checks a TREC run made elsewhere and writes it as ours: queries in the order of queries.jsonl, of each the top_k
+    best (by score, equals as they stand; as trec_eval, it does not look at the ranks)."""
+    if rank > 0:
+        barrier()
+        return {}
+    asked, passages = load_queries(folder), Corpus(folder)
+    position, given = {x["_id"]: i for i, x in enumerate(asked)}, None
+    query, passage, score = array("i"), array("q"), array("d")
+    bar = progress("run", total=os.path.getsize(run), unit="B", unit_scale=True)
+    for part in parts_of(lines(run, bar), 65536):
+        rows = []
+        for number, line in part:
+            columns = line.split()
+            try:
+                rows.append((columns[0], columns[2], float(columns[4])))
+                good = len(columns) == 6 and np.isfinite(rows[-1][2])
+            except (IndexError, ValueError):
+                good = False
+            if not good:
+                fail(f"{run}, line {number}: not the six columns of a TREC run: query Q0 passage rank score tag")
+        numbers = passages.numbers([row[1] for row in rows])
+        for (line_number, _), (query_id, passage_id, s), number in zip(part, rows, numbers.tolist()):
+            if number < 0:
+                fail(f"{run}, line {line_number}: no passage '{passage_id}' in {folder}/corpus.jsonl, whose ids look "
+                     f"like '{passages[0]['_id']}'")
+            if query_id in position:
+                query.append(position[query_id])
+                passage.append(number)
+                score.append(s)
+            else:  # fine when it was dropped as a duplicate or by max_queries
+                given = given or {x["_id"] for _, x in read_queries(queries)}
+                if query_id not in given:
+                    fail(f"{run}, line {line_number}: no query '{query_id}' in {queries}")
+    bar.close()
+    query, passage, score = np.array(query), np.array(passage), np.array(score)
+    order = np.lexsort((-score, query))  # stable
+    bounds = np.searchsorted(query[order], np.arange(len(asked) + 1))
+    lacking = [x["_id"] for x, n in zip(asked, np.diff(bounds)) if n == 0]
+    if lacking:
+        more = f" and {len(lacking) - 1:,} more" if lacking[1:] else ""
+        fail(f"{run}: no line for the query '{lacking[0]}'{more}")
+    with replacing(f"{folder}/run.retrieval.trec") as f:
+        for x, a, b in zip(asked, bounds, bounds[1:]):
+            best = order[a:b][:top_k]
+            if len(set(passage[best].tolist())) < len(best):
+                fail(f"{run}: a passage stands twice for the query '{x['_id']}'")
+            f.write(run_lines(x["_id"], [passages[i]["_id"] for i in passage[best]], score[best], "given"))
+    barrier()
+    return count_run(folder, "run.retrieval.trec")
+
+
+# ---- 4. reranking with a cross-encoder
+
+
+class CrossEncoder:
+    def __init__(self, name, device, dtype):
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype).eval().to(device)
+        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+
+    @torch.inference_mode()
+    def scores(self, pairs, batch_tokens):
+        """(query, document) pairs -> a list of raw logits."""
+        ids = self.tokenizer(*map(list, zip(*pairs)), truncation="only_second", max_length=self.max_length)
+        scores = [0.0] * len(pairs)
+        for batch in by_length([len(x) for x in ids["input_ids"]], batch_tokens):
+            logits = self.model(**pad(self.tokenizer, ids, batch).to(self.model.device)).logits  # (B, 1)
+            for i, score in zip(batch, logits[:, 0].tolist()):
+                scores[i] = score
+        return scores
+
+
+def make_reranked(folder):
+    passages, texts = Corpus(folder), {x["_id"]: x["text"] for x in load_queries(folder)}
+    model = CrossEncoder(reranker, device, getattr(torch, dtype)) if reranker else None
+
+    def write(f, part):
+        if model is not None:
+            pairs = [(texts[id], document_text(x)) for id, hits in part for x in passages.of(hits)]
+            scores = iter(model.scores(pairs, batch_tokens))
+        for id, hits in part:
+            if model is not None:
+                hits = sorted(((p, next(scores)) for p, _ in hits), key=lambda hit: -hit[1])  # stable
+            f.write(run_lines(id, *zip(*hits[:num_documents]), "cross-encoder" if reranker else "retrieval"))
+
+    n = make_parts(f"{folder}/run.rerank.trec.parts",
+                   parts_of(read_run(f"{folder}/run.retrieval.trec"), part_size(len(texts), 256)), write,
+                   progress("rerank", total=len(texts), unit=" queries"))
+    join_parts(f"{folder}/run.rerank.trec", n)
+    return count_run(folder, "run.rerank.trec")
+
+
+# ---- 5. the teacher's answers
+
+
+@torch.no_grad()
+def generate_answers(model, tokenizer, prompts, max_new_tokens):
+    """The model's greedy answers to a batch of prompts."""
+    ids, mask = left_pad(tokenizer(prompts, add_special_tokens=False).input_ids)
+    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                         max_new_tokens=max_new_tokens, do_sample=False)
+    return [a.strip() for a in tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)]
+
+
+def read_answers(folder):
+    """{query id: answer} of all files of a folder; a line that a crash has torn is left out."""
+    answers = {}
+    for path in Path(folder).iterdir():
+        with open(path, "rb") as f:
+            for line in f:
+                try:
+                    x = json.loads(line)
+                except ValueError:
+                    continue
+                answers[x["_id"]] = x["answer"]
+    return answers
+
+
+def make_answers(folder):
+    asked = {x["_id"]: x for x in load_queries(folder)}
+    parts = f"{folder}/teacher.jsonl.parts"
+    os.makedirs(parts, exist_ok=True)
+    done = read_answers(parts)
+    barrier()  # nobody appends before all have read
+    passages, cut = Corpus(folder), Prompt(AutoTokenizer.from_pretrained(generator)).cut
+
+    def windows(bar):
+        """This process's (query id, query, its documents' text as the generator would read it), in lists."""
+        size = part_size(len(asked), 512)
+        for i, part in enumerate(parts_of(read_run(f"{folder}/run.rerank.trec"), size)):
+            if i % world == rank:
+                yield [(id, asked[id]["text"], cut([document_text(x) for x in passages.of(hits)], doc_tokens))
+                       for id, hits in part]
+            bar.update(len(part))
+
+    path = f"{parts}/{rank:06d}"
+    try:
+        with open(path, "ab") as f, progress("teacher", total=len(asked), unit=" queries") as bar:
+            if f.tell():
+                f.write(b"\n")  # ends a line that a crash has torn
+
+            def record(answers):
+                new = {id: answer for id, answer in answers.items() if id not in done}
+                f.write(b"".join(to_line(dict(_id=id, answer=answer)) for id, answer in new.items()))
+                f.flush()
+
+            if teacher == "gold":
+                for window in windows(bar):
+                    golds = {id: asked[id]["metadata"]["answers"] for id, _, _ in window}
+                    record({id: answers[0] for id, answers in golds.items() if answers})
+            elif teacher_url:
+                ask_server(windows(bar), done, record)
+            else:
+                ask_model(windows(bar), done, record)
+    except OSError as e:
+        name_file(e, path)
+        raise
+    barrier()
+    answers = read_answers(parts) if rank == 0 else {}
+    if rank == 0:
+        with replacing(f"{folder}/teacher.jsonl") as f:
+            f.writelines(to_line(dict(_id=id, answer=answers[id])) for id in asked if id in answers)
+        if not answers:
+            fail(f"{queries}: no query has gold answers (metadata.answers) for --teacher=gold")
+    barrier()
+    return dict(answers=len(answers), empty=sum(not a for a in answers.values()))
+
+
+def ask_model(windows, done, record):
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, dtype)).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    prompt = Prompt(tokenizer)
+    eos = model.generation_config.eos_token_id
+    stop = {prompt.end_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
+    # greedy and nothing else: a model's own generation config may ask for a repetition penalty
+    model.generation_config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=prompt.end_id)
+    limit = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    for window in windows:
+        prompts = [prompt.text(query, documents) for _, query, documents in window]
+        lengths = [len(ids) + answer_tokens for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
+        if max(lengths) > limit:
+            id = window[lengths.index(max(lengths))][0]
+            fail(f"teacher: prompt and answer of the query '{id}' take {max(lengths)} tokens, {teacher} has {limit} "
+                 "positions: lower num_documents, doc_tokens or answer_tokens")
+        for batch in by_length(lengths, batch_tokens):  # always the same, so that rounding is the same after a restart
+            if not all(window[i][0] in done for i in batch):
+                answers = generate_answers(model, tokenizer, [prompts[i] for i in batch], answer_tokens)
+                record({window[i][0]: answer for i, answer in zip(batch, answers)})
+
+
+def ask_server(windows, done, record):
+    """Chat requests to an OpenAI-compatible server, teacher_requests at a time."""
+    session, stopped = requests.Session(), threading.Event()
+    session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=teacher_requests))
+    if os.environ.get("OPENAI_API_KEY"):
+        session.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+    try:  # a template without a system role wants the system line in the user's turn, as in model.py
+        system_role = Prompt(AutoTokenizer.from_pretrained(teacher)).system_role
+    except (OSError, ValueError):
+        system_role = True
+
+    def ask(path, what, parse, **body):
+        """Tries again after whatever may pass: no connection, a timeout, an overloaded or failing server, half an
+        answer."""
+        delay = 1.0
+        for _ in range(teacher_retries + 1):
+            try:
+                r = session.request("POST" if body else "GET", teacher_url.rstrip("/") + path, json=body or None,
+                                    timeout=teacher_timeout)
+                if r.status_code < 400:
+                    return parse(r.json())
+                problem = f"HTTP status {r.status_code}: {' '.join(r.text[:300].split())}"
+                if r.status_code < 500 and r.status_code not in (408, 409, 425, 429):
+                    break
+            except (requests.RequestException, LookupError, TypeError, ValueError) as e:
+                problem = f"{type(e).__name__}: {' '.join(str(e)[:300].split())}"
+            if stopped.wait(delay * random.uniform(0.5, 1)):
+                break
+            delay = min(2 * delay, 60.0)
+        fail(f"{teacher_url}: no answer to {what}: {problem}; the answers so far are kept")
+
+    def answer(reply):
+        choice = reply["choices"][0]
+        if not choice["finish_reason"]:
+            raise ValueError("half an answer: no finish_reason")
+        return (choice["message"]["content"] or "").strip()
+
+    served = ask("/models", "the question which models it serves", lambda reply: [m["id"] for m in reply["data"]])
+    if teacher not in served and len(served) != 1:
+        fail(f"{teacher_url} serves {', '.join(served) or 'no model'}, not teacher={teacher}")
+    model = teacher if teacher in served else served[0]
+    waiting = {}
+
+    def collect(most):
+        while len(waiting) > most:
+            for future in concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED").done:
+                record({waiting.pop(future): future.result()})
+
+    with concurrent.futures.ThreadPoolExecutor(teacher_requests) as pool:
+        try:
+            for window in windows:
+                for id, query, documents in window:
+                    if id not in done:
+                        messages = chat_messages(query, "\n\n".join(documents), system_role)
+                        waiting[pool.submit(ask, "/chat/completions", f"the query '{id}'", answer, model=model,
+                                            messages=messages, max_tokens=answer_tokens, temperature=0)] = id
+                        collect(2 * teacher_requests)
+            collect(0)
+        except BaseException:
+            stopped.set()  # the others do not wait for a further try
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# ---- 6. training examples
+
+
+def make_examples(folder):
+    if rank > 0:
+        return {}
+    passages, asked = Corpus(folder), {x["_id"]: x for x in load_queries(folder)}
+    with open(f"{folder}/teacher.jsonl", "rb") as f:
+        answers = {x["_id"]: x["answer"] for x in map(json.loads, f) if x["answer"]}
+    fraction = {id: int(sha256(asked[id]["text"].encode()).hexdigest()[:8], 16) / 2**32 for id in answers}
+    limit = max(val_fraction, min(fraction.values(), default=0))  # at least one query is for validation
+    counts = dict(train=0, val=0, queries_without_answer=0, fewer_documents=0)
+    with replacing(f"{folder}/val.jsonl") as val, replacing(f"{folder}/train.jsonl") as train:
+        for id, hits in progress("examples", iterable=read_run(f"{folder}/run.rerank.trec"), total=len(asked), unit=""):
+            if id not in answers:
+                counts["queries_without_answer"] += 1
+                continue
+            documents = passages.of(hits)
+            counts["fewer_documents"] += len(documents) < num_documents
+            x = dict(query=asked[id]["text"], documents=[dict(title=d["title"], text=d["text"]) for d in documents],
+                     answer=answers[id], reranking_scores=[score for _, score in hits])
+            if asked[id]["metadata"]["answers"]:
+                x["answers"] = asked[id]["metadata"]["answers"]
+            counts["val" if fraction[id] <= limit else "train"] += 1
+            (val if fraction[id] <= limit else train).write(to_line(x))
+        made = counts["train"] + counts["val"] + counts["queries_without_answer"]
+        counts["queries_without_passage"] = len(asked) - made
+        if not counts["train"]:
+            fail(f"no training example: {counts['val']} for validation, {counts['queries_without_answer']} queries "
+                 f"without an answer, {counts['queries_without_passage']} without a passage")
+    if counts["fewer_documents"]:
+        print(f"{counts['fewer_documents']:,} examples have fewer than {num_documents} documents: training masks the "
+              "missing ones")
+    return counts
+
+
+# ---- all stages
+
+STAGES = dict(  # what is made, of which settings, after which stages; inputs are known by their contents
+    queries=(make_queries, ["queries.jsonl"], "queries generator query_tokens max_queries", ""),
+    corpus=(make_corpus, ["corpus.jsonl", "corpus.index"], "corpus generator doc_tokens max_passages", ""),
+    index=(make_index, ["index"], "splade dtype", "corpus"),
+    retrieval=(make_run, ["run.retrieval.trec"], "run top_k", "queries corpus index"),
+    rerank=(make_reranked, ["run.rerank.trec"], "reranker num_documents dtype", "retrieval"),
+    teacher=(make_answers, ["teacher.jsonl"], "teacher answer_tokens dtype", "rerank"),
+    train=(make_examples, ["train.jsonl", "val.jsonl"], "val_fraction", "teacher"),
+)
+
+
+def file_sha256(path):
+    digest = sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_model(setting, name, mapping, kind):
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        fail(f"{setting}={name}: {str(e).splitlines()[0]}")
+    names = {n for v in mapping.values() for n in ([v] if isinstance(v, str) else v)}
+    if not names & set(config.architectures or []):
+        fail(f"{setting}={name} is a {', '.join(config.architectures or ['model of no kind'])}, not {kind}")
+    return config
+
+
+def check_inputs():
+    """Everything that can be known before hours of work."""
+    at_least(globals(), max_passages=0, max_queries=0, teacher_requests=1, teacher_retries=0, teacher_timeout=0,
+             doc_tokens=2, query_tokens=1, answer_tokens=1, top_k=1, num_documents=1, val_fraction=0, batch_tokens=1)
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", dataset):
+        fail(f"dataset is the name of a folder in data/, not '{dataset}'")
+    for name in ("corpus", "queries"):
+        if not globals()[name]:
+            fail(f"dataset '{dataset}' needs --corpus=FILE and --queries=FILE ('toy' is made without)")
+    for name in ("corpus", "queries", "run"):
+        if globals()[name] and not os.path.isfile(globals()[name]):
+            fail(f"{name}: {globals()[name]} does not exist")
+        if globals()[name] and os.path.getsize(globals()[name]) == 0:
+            fail(f"{name}: {globals()[name]} is empty")
+    if top_k < num_documents:
+        fail(f"top_k ({top_k}) is smaller than num_documents ({num_documents})")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        fail(f"dtype is float32, float16 or bfloat16, not '{dtype}'")
+    check_model("generator", generator, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal language model")
+    if not run:
+        check_model("splade", splade, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "a masked language model")
+    if reranker:
+        config = check_model("reranker", reranker, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+                             "a cross-encoder (sequence classification)")
+        if config.num_labels != 1:
+            fail(f"reranker={reranker} gives {config.num_labels} scores for a document, not one")
+    if teacher != "gold" and not teacher_url:
+        check_model("teacher", teacher, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal language model")
+
+
+def begun(folder, files):
+    return any(os.path.exists(f"{folder}/{name}") or any(Path(f"{folder}/{name}.parts").glob("*")) for name in files)
+
+
+def make_dataset(settings):
+    global device
+    check_inputs()
+    device = torch_device(device)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others wait while the first joins the parts
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    folder = f"data/{dataset}"
+    stages = {name: stage for name, stage in STAGES.items() if not (run and name == "index")}
+    path, manifest = f"{folder}/manifest.json", {}
+    if rank == 0:
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(path):
+            with open(path) as f:
+                manifest = json.load(f)
+        manifest = start_manifest(folder, settings, stages, manifest)
+    if world > 1:
+        box = [manifest]
+        dist.broadcast_object_list(box)
+        manifest = box[0]
+    for name, (make, files, _, _) in stages.items():
+        entry = manifest["stages"][name]
+        if entry.get("complete") and all(os.path.exists(f"{folder}/{file}") for file in files):
+            if rank == 0:
+                print(f"{name}: there already")
+            continue
+        start = time.time()
+        counts = make(folder)
+        entry.update(complete=True, counts=counts, seconds=round(time.time() - start, 1))
+        if rank == 0:
+            save_manifest(path, manifest)
+            for file in files:
+                shutil.rmtree(f"{folder}/{file}.parts", ignore_errors=True)
+            print(f"{name}: " + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
+                  + f" ({entry['seconds']} s)")
+        barrier()
+
+
+def save_manifest(path, manifest):
+    with replacing(path) as f:
+        f.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def start_manifest(folder, settings, stages, old):
+    """The manifest of this run, with the stages of the former one that can stay. Stops when something was made with
+    other settings, unless overwrite; then that goes, and what was made of it."""
+    contents = {name: file_sha256(globals()[name]) if globals()[name] else "" for name in ("corpus", "queries", "run")}
+    manifest = dict(settings=settings, sha256=contents, stages={})
+    differences, stale = {}, []
+    for name, (_, _, depends, after) in stages.items():
+        used = {key: contents.get(key, globals()[key]) for key in depends.split()}
+        entry = old.get("stages", {}).get(name, dict(settings=used))
+        differs = {key: entry["settings"].get(key) for key in used if entry["settings"].get(key) != used[key]}
+        if differs or set(after.split()) & set(stale):
+            stale.append(name)
+        differences.update(differs)
+        manifest["stages"][name] = dict(settings=used) if name in stale else entry
+    stale = [name for name in stale if begun(folder, stages[name][1])]
+    if stale and not overwrite:
+        what = ", ".join(f"{key}: other contents" if key in contents else f"{key}={value}, now {globals()[key]}"
+                         for key, value in differences.items())
+        fail(f"{folder} was made with {what}: --overwrite=True makes anew {', '.join(stale)}, another --dataset keeps "
+             "both")
+    for name in stale:
+        for file in stages[name][1]:
+            for end in ("", ".parts"):
+                target = Path(f"{folder}/{file}{end}")
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    save_manifest(f"{folder}/manifest.json", manifest)
+    return manifest
+
 
 # ---- the toy world: short passages about invented things, everything drawn afresh for every example
 
@@ -171,18 +1141,6 @@ def make_encoder(folder, tokenizer):
                             pad_token="<|end|>").save_pretrained(folder)
 
 
-def teacher_answers(model, tokenizer, examples):
-    """The teacher's greedy answers from full text."""
-    prompt = Prompt(tokenizer)
-    answers = []
-    for i in tqdm(range(0, len(examples), 100), desc="teacher's answers", mininterval=5):
-        rows = [prompt.text(x["query"], x["documents"]) for x in examples[i:i + 100]]
-        batch = tokenizer(rows, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        out = model.generate(**batch, max_new_tokens=8, do_sample=False)
-        answers += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
-    return [a.strip() for a in answers]
-
-
 def make_toy():
     # train.py takes train.jsonl as the sign that the toy is complete: it goes first and comes back last
     Path("data/toy/train.jsonl").unlink(missing_ok=True)
@@ -191,10 +1149,13 @@ def make_toy():
     make_encoder("data/toy/encoder", tokenizer)
     llm = train_llm(tokenizer, rng)
     llm.save_pretrained("data/toy/llm")
+    prompt = Prompt(tokenizer)
     for split, n in (("test", test_examples), ("val", val_examples), ("train", train_examples)):
         examples = [draw_example(rng) for _ in range(n)]
-        for x, answer in zip(examples, teacher_answers(llm, tokenizer, examples)):
-            x["answer"] = answer
+        for i in tqdm(range(0, n, 100), desc="teacher's answers", mininterval=5):
+            prompts = [prompt.text(x["query"], x["documents"]) for x in examples[i:i + 100]]
+            for x, answer in zip(examples[i:i + 100], generate_answers(llm, tokenizer, prompts, 8)):
+                x["answer"] = answer
         with open(f"data/toy/{split}.jsonl.tmp", "w") as f:
             f.writelines(json.dumps(x) + "\n" for x in examples)
         os.replace(f"data/toy/{split}.jsonl.tmp", f"data/toy/{split}.jsonl")
@@ -203,7 +1164,13 @@ def make_toy():
 
 
 if __name__ == "__main__":
-    if dataset != "toy":
-        fail(f"unknown dataset '{dataset}': there is toy")
-    at_least(globals(), seed=0, llm_steps=1, train_examples=1, val_examples=1, test_examples=1)
-    make_toy()
+    if dataset == "toy":
+        at_least(globals(), seed=0, llm_steps=1, train_examples=1, val_examples=1, test_examples=1)
+        make_toy()
+    else:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            make_dataset(settings)
+        except OSError as e:  # a full disk, a file that cannot be read, a model that cannot be found
+            fail(f"{str(e).splitlines()[0]}; what is complete stays: the same command goes on from there")

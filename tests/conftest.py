@@ -11,7 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertConfig,
+    DebertaV2Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -35,6 +38,9 @@ MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST
 DECODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                max_position_embeddings=512)
 ENCODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+DEBERTA = dict(relative_attention=True, position_buckets=64, norm_rel_ebd="layer_norm", share_att_key=True,
+               pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0)  # as v3's
+ENCODERS = ("modernbert", "bert", "roberta", "splade", "cross_encoder", "two_labels")
 
 
 def save_tokenizer(folder, template=None, encoder=False, sentencepiece=False):
@@ -67,7 +73,9 @@ def tiny(tmp_path_factory):
             return made[name]
         folder = str(root / name)
         template = {"mistral": MISTRAL, "gemma2": MISTRAL, "gpt2": None}.get(name, CHATML)
-        encoder = name in ("modernbert", "bert", "roberta")
+        auto = {"splade": AutoModelForMaskedLM, "cross_encoder": AutoModelForSequenceClassification,
+                "two_labels": AutoModelForSequenceClassification}.get(name, AutoModel if name in ENCODERS else AutoModelForCausalLM)
+        encoder = name in ENCODERS
         V = max(300, save_tokenizer(folder, template, encoder, sentencepiece=name == "mistral"))
         ends = dict(bos_token_id=3, eos_token_id=4, pad_token_id=None)
         config = {
@@ -83,9 +91,12 @@ def tiny(tmp_path_factory):
                                                    sep_token_id=2, global_attn_every_n_layers=2, local_attention=16),
             "bert": lambda: BertConfig(vocab_size=V, **ENCODER),
             "roberta": lambda: RobertaConfig(vocab_size=V, **ENCODER, pad_token_id=0),
+            "splade": lambda: BertConfig(vocab_size=V, **ENCODER),
+            "cross_encoder": lambda: DebertaV2Config(vocab_size=V, **ENCODER, **DEBERTA, num_labels=1),
+            "two_labels": lambda: DebertaV2Config(vocab_size=V, **ENCODER, **DEBERTA, num_labels=2),
         }[name]()
         torch.manual_seed(len(made))
-        model = (AutoModel if encoder else AutoModelForCausalLM).from_config(config)
+        model = auto.from_config(config)
         with torch.no_grad():  # larger than the usual 0.02, so that what is wrong shows
             for p in model.parameters():
                 if p.dim() >= 2:

@@ -1,0 +1,700 @@
+"""prepare.py: its pieces against transformers, sentence-transformers and dense products; the whole as a user runs it."""
+
+import gzip
+import http.server
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import prepare
+from compressor import left_pad
+from data import Examples
+from model import ScaleDown, ScaleDownConfig, document_text
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ["queries.jsonl", "corpus.jsonl", "run.retrieval.trec", "run.rerank.trec", "teacher.jsonl", "train.jsonl", "val.jsonl"]
+WORDS = "the mayor of Loku is Tuson keeps a red hound near river bridge made stone facts matter question who it".split()
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def jsonl(path, rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def read_run(path):
+    return prepare.read_run(str(path))
+
+
+def sentence(rng, n):
+    return " ".join(rng.choice(WORDS) for _ in range(n))
+
+
+@pytest.fixture(scope="module")
+def settings(tiny, tmp_path_factory):
+    """The settings of a small run over a corpus of 40 documents and 20 queries."""
+    folder, rng = tmp_path_factory.mktemp("inputs"), random.Random(0)
+    corpus = jsonl(folder / "corpus.jsonl", [
+        dict(_id=f"d{i}", title=sentence(rng, 2) if i % 3 else "", text=sentence(rng, rng.randint(3, 60))) for i in range(40)])
+    queries = jsonl(folder / "queries.jsonl", [
+        dict(_id=f"q{i}", text=f"{sentence(rng, 5)} {i}?", metadata=dict(answers=[sentence(rng, 2)])) for i in range(20)])
+    return dict(dataset="x", corpus=corpus, queries=queries, generator=tiny("llama"), teacher=tiny("llama"),
+                splade=tiny("splade"), reranker=tiny("cross_encoder"), doc_tokens=24, answer_tokens=6, top_k=10,
+                num_documents=3, val_fraction=0.2, batch_tokens=512, device="cpu", dtype="float32")
+
+
+def make(folder, monkeypatch, settings, **changes):
+    """make_dataset() in this process; -> data/x"""
+    monkeypatch.chdir(folder)
+    for name, value in {**settings, **changes}.items():
+        monkeypatch.setattr(prepare, name, value)
+    prepare.make_dataset({})
+    return Path(folder) / "data" / "x"
+
+
+def wrong(capfd, *args, **kwargs):
+    """-> the one line that make() stops with"""
+    with pytest.raises(SystemExit) as e:
+        make(*args, **kwargs)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def command(settings, *before, **changes):
+    return [sys.executable, *before, str(ROOT / "prepare.py"), *(f"--{k}={v}" for k, v in {**settings, **changes}.items())]
+
+
+def run(folder, args, **kwargs):
+    return subprocess.run(args, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """data/x of an undisturbed run, by the command line"""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, command(settings))
+    assert done.returncode == 0, done.stderr
+    return folder / "data" / "x"
+
+
+def same(a, b):
+    assert {f.name for f in Path(a).iterdir()} == {f.name for f in Path(b).iterdir()}
+    for name in FILES:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+# ---- the corpus
+
+
+def test_chunks_lose_nothing(tiny):
+    rng = random.Random(0)
+    alphabet = [*"abc d. \n", "é", "語", "🙂", "👩‍👩‍👧", "  "]
+    for name in ("llama", "mistral"):  # byte-level, SentencePiece's kind
+        tokenizer = AutoTokenizer.from_pretrained(tiny(name))
+        for _ in range(100):
+            text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 80)))
+            title = rng.choice(["", "a b", "a very long title " * 5])
+            chunks = prepare.chunk(tokenizer, [("7", title, text)], 12)
+            assert "".join("".join(c["text"] for c in chunks).split()) == "".join(text.split())
+            assert [c["_id"] for c in chunks] == [f"7#{i}" for i in range(len(chunks))]
+            assert all(c["title"] == title and c["text"] == c["text"].strip() != "" for c in chunks)
+
+
+def test_chunks_fill_their_tokens(tiny):
+    """Words of one token each: title and text together have exactly as many tokens as there is room."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    words = [w for w in WORDS if len(tokenizer(" " + w, add_special_tokens=False).input_ids) == 1]
+    text = "".join(" " + words[i % len(words)] for i in range(100))
+    for title in ("", "is it"):
+        chunks = prepare.chunk(tokenizer, [("7", title, text)], 20)
+        lengths = [len(tokenizer(" " + c["text"], add_special_tokens=False).input_ids) for c in chunks]
+        room = 20 - (len(tokenizer(title + "\n", add_special_tokens=False).input_ids) if title else 0)
+        assert lengths[:-1] == [room] * (len(lengths) - 1) and 0 < lengths[-1] <= room and len(lengths) > 4
+
+
+def test_corpus_formats(tmp_path):
+    want = [("1", "Loku", "A town.\nHistory.\nold stone"), ("2", "", "the river")]
+    kilt = [{"_id": "1", "wikipedia_id": 1, "wikipedia_title": "Loku",
+             "text": ["Loku\n", "A town.\n", "Section::::History.\n", "BULLET::::- old stone\n", " "], "anchors": []},
+            {"wikipedia_id": 2, "wikipedia_title": "", "text": ["the river"]}]
+    assert list(prepare.read_documents(jsonl(tmp_path / "kilt.json", kilt))) == want
+    beir = [dict(_id=id, title=title, text=text) for id, title, text in want]
+    path = jsonl(tmp_path / "beir.jsonl", beir)
+    assert list(prepare.read_documents(path)) == want
+    write(tmp_path / "beir.jsonl.gz", gzip.compress(Path(path).read_bytes()))
+    assert list(prepare.read_documents(f"{path}.gz")) == want
+    assert list(prepare.read_documents(write(tmp_path / "a.tsv", "1\tA town.\tLoku\r\n\n2\tthe \"river\"\n"))) == [
+        ("1", "Loku", "A town."), ("2", "", 'the "river"')]
+
+
+def test_query_formats(tmp_path):
+    def read(name, text):
+        return [(x["_id"], x["text"], x["answers"]) for _, x in prepare.read_queries(write(tmp_path / name, text))]
+
+    assert read("q.tsv", "1048585\twhat is it\n2\t who \n") == [("1048585", "what is it", []), ("2", "who", [])]
+    assert read("q.txt", "\ufeffwhat is it\n\nwho\tis\n") == [("1", "what is it", []), ("3", "who\tis", [])]
+    assert read("q.jsonl", '{"_id": 3, "text": "é", "metadata": {"answers": ["a"]}}\n{"_id": "4", "text": "b", "metadata": []}\n'
+                ) == [("3", "é", ["a"]), ("4", "b", [])]
+    assert read("q.tsv.gz", gzip.compress(b"1\twho\n")) == [("1", "who", [])]
+
+
+# ---- retrieval
+
+
+def test_encoding_is_sentence_transformers(tiny):
+    rng = random.Random(1)
+    texts = [sentence(rng, n) for n in (1, 30, 4, 4, 17, 60, 2)]
+    pointers, words, weights = prepare.Splade(tiny("splade"), "cpu", torch.float32).encode(texts, 64)
+    oracle = SparseEncoder(modules=[Transformer(tiny("splade"), transformer_task="fill-mask"), SpladePooling("max")], device="cpu")
+    want = oracle.encode(texts, convert_to_sparse_tensor=False).numpy()
+    got = np.zeros_like(want)
+    for i in range(len(texts)):
+        got[i, words[pointers[i]:pointers[i + 1]]] = weights[pointers[i]:pointers[i + 1]]
+    assert np.allclose(got, want, atol=1e-5) and (want > 0).any(1).all()
+
+
+def random_matrix(rng, n, V, per_row):
+    dense = np.where(rng.random((n, V)) < per_row / V, rng.integers(1, 5, (n, V)), 0).astype(np.float32)
+    rows, words = dense.nonzero()
+    return dense, (np.cumsum([0, *np.bincount(rows, minlength=n)]), words.astype(np.int32), dense[rows, words])
+
+
+@pytest.mark.parametrize("per_row", [0.3, 4, 20])  # small integers: many equal scores; 0.3: queries that find little
+def test_search_is_a_dense_product(tmp_path, monkeypatch, per_row):
+    rng = np.random.default_rng(0)
+    passages, (pointers, words, weights) = random_matrix(rng, 230, 40, per_row)
+    queries, rows = random_matrix(rng, 30, 40, per_row)
+    for i, start in enumerate(range(0, 230, 50)):
+        end = min(start + 50, 230)
+        part = slice(pointers[start], pointers[end])
+        shard = prepare.inverted(pointers[start:end + 1] - pointers[start], words[part], weights[part], 40)
+        write(tmp_path / f"{i:06d}", prepare.to_safetensors(shard))
+    dense = queries @ passages.T
+    order = np.argsort(-dense, axis=1, kind="stable")[:, :12]
+    scores = np.take_along_axis(dense, order, 1)
+    order[scores == 0] = -1
+    best, got = prepare.search(str(tmp_path), 50, rows, 40, 12, "cpu")
+    assert np.array_equal(best, order) and np.array_equal(got, scores)
+    # CUDA's half, on the CPU
+    best, got = torch.full((30, 12), -1), torch.zeros(30, 12)
+    for i in range(5):
+        shard = prepare.load_file(tmp_path / f"{i:06d}")
+        prepare.search_shard_cuda(torch.from_numpy(queries.T.copy()), shard["pointers"], shard["passages"], shard["weights"],
+                                  min(50, 230 - 50 * i), 50 * i, best, got)
+    assert np.array_equal(best, order) and np.array_equal(got, scores)
+
+
+def test_retrieval_is_a_dense_product(settings, whole, tiny):
+    corpus, queries = load(whole / "corpus.jsonl"), load(whole / "queries.jsonl")
+    model = SparseEncoder(modules=[Transformer(tiny("splade"), transformer_task="fill-mask"), SpladePooling("max")], device="cpu")
+    texts = [[document_text(c) for c in corpus], [q["text"] for q in queries]]
+    passages, rows = (model.encode(t, convert_to_sparse_tensor=False).double().numpy() for t in texts)
+    dense = rows @ passages.T
+    for q, scores, (id, hits) in zip(queries, dense, read_run(whole / "run.retrieval.trec")):
+        assert id == q["_id"] and len(hits) == 10
+        by_id = dict(zip((c["_id"] for c in corpus), scores))
+        assert np.allclose([by_id[p] for p, _ in hits], -np.sort(-scores)[:10], rtol=1e-5)  # no better one is left out
+        assert np.allclose([s for _, s in hits], [by_id[p] for p, _ in hits], rtol=1e-5)
+
+
+# ---- reranking, teacher, examples
+
+
+def test_reranking_is_transformers(settings, whole, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny("cross_encoder"))
+    model = AutoModelForSequenceClassification.from_pretrained(tiny("cross_encoder")).eval()
+    corpus = {c["_id"]: c for c in load(whole / "corpus.jsonl")}
+    retrieved, reranked = (dict(read_run(whole / f"run.{name}.trec")) for name in ("retrieval", "rerank"))
+    for q in load(whole / "queries.jsonl"):
+        with torch.no_grad():
+            scores = [model(**tokenizer(q["text"], document_text(corpus[p]), return_tensors="pt")).logits[0, 0].item()
+                      for p, _ in retrieved[q["_id"]]]
+        best = sorted(range(10), key=lambda i: -scores[i])[:3]
+        assert [p for p, _ in reranked[q["_id"]]] == [retrieved[q["_id"]][i][0] for i in best]
+        assert np.allclose([s for _, s in reranked[q["_id"]]], [scores[i] for i in best], atol=1e-5)
+
+
+def test_equal_scores_keep_retrieval_order(settings, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.CrossEncoder, "scores", lambda self, pairs, batch_tokens: [1.0, 2.0, 2.0, 1.0, 2.0] * (len(pairs) // 5))
+    shutil.copytree(whole, tmp_path / "data" / "x")
+    (tmp_path / "data" / "x" / "run.rerank.trec").unlink()
+    for name, value in settings.items():
+        monkeypatch.setattr(prepare, name, value)
+    prepare.make_reranked(str(tmp_path / "data" / "x"))
+    retrieved, reranked = (dict(read_run(tmp_path / "data" / "x" / f"run.{name}.trec")) for name in ("retrieval", "rerank"))
+    for id, hits in retrieved.items():
+        assert reranked[id] == [(hits[i][0], 2.0) for i in (1, 2, 4)]
+
+
+def test_teacher_is_generate_on_the_models_full_prompt(settings, whole, tiny):
+    model = ScaleDown(ScaleDownConfig(generator=tiny("llama"), num_layers=1, doc_tokens=24))
+    teacher = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    answers = {x["_id"]: x["answer"] for x in load(whole / "teacher.jsonl")}
+    queries, corpus = load(whole / "queries.jsonl"), {c["_id"]: c for c in load(whole / "corpus.jsonl")}
+    assert list(answers) == [q["_id"] for q in queries] and len(set(answers.values())) > 5
+    for q, (_, hits) in zip(queries, read_run(whole / "run.rerank.trec")):
+        text = model.full_prompts([q["text"]], [[corpus[p] for p, _ in hits]])[0]
+        ids, _ = left_pad([model.prompt.ids(text)])
+        out = teacher.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=4)
+        assert answers[q["_id"]] == model.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
+
+
+def test_a_models_own_generation_config_does_not_matter(settings, whole, tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny("llama"), tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "generation_config.json").read_text())
+    config.update(repetition_penalty=5.0, do_sample=True, temperature=3.0)
+    (tmp_path / "llama" / "generation_config.json").write_text(json.dumps(config))
+    got = make(tmp_path, monkeypatch, settings, teacher=str(tmp_path / "llama"))
+    assert (got / "teacher.jsonl").read_bytes() == (whole / "teacher.jsonl").read_bytes()
+
+
+def test_examples(settings, whole):
+    corpus, queries = {c["_id"]: c for c in load(whole / "corpus.jsonl")}, {q["text"]: q for q in load(whole / "queries.jsonl")}
+    reranked, answers = dict(read_run(whole / "run.rerank.trec")), {x["_id"]: x["answer"] for x in load(whole / "teacher.jsonl")}
+    train, val = (Examples(str(whole / f"{name}.jsonl"), need_scores=True) for name in ("train", "val"))
+    counts = json.loads((whole / "manifest.json").read_text())["stages"]["train"]["counts"]
+    assert counts["train"] == len(train) and counts["val"] == len(val)
+    assert len(train) + len(val) + counts["queries_without_answer"] == 20 and 1 <= len(val) <= 10
+    for x in [*train, *val]:
+        q = queries[x["query"]]
+        assert x["answer"] == answers[q["_id"]] != "" and x["answers"] == q["metadata"]["answers"]
+        assert x["reranking_scores"] == [s for _, s in reranked[q["_id"]]]
+        assert x["documents"] == [dict(title=corpus[p]["title"], text=corpus[p]["text"]) for p, _ in reranked[q["_id"]]]
+
+
+def test_the_split_does_not_move(settings, tmp_path, monkeypatch):
+    """A query is for validation or not whatever other queries there are."""
+    sides = []
+    for i, n in enumerate((20, 12)):
+        (tmp_path / str(i)).mkdir()
+        folder = make(tmp_path / str(i), monkeypatch, settings, teacher="gold", reranker="", max_queries=n)
+        sides.append({x["query"]: name for name in ("train", "val") for x in load(folder / f"{name}.jsonl")})
+    assert len(sides[0]) == 20 and len(sides[1]) == 12
+    assert all(sides[0][q] == side for q, side in sides[1].items()) and set(sides[1].values()) == {"train", "val"}
+
+
+def test_gold_answers_and_retrieval_order(settings, whole, tmp_path, monkeypatch):
+    folder = make(tmp_path, monkeypatch, settings, teacher="gold", reranker="")
+    retrieved = dict(read_run(folder / "run.retrieval.trec"))
+    assert dict(read_run(folder / "run.rerank.trec")) == {id: hits[:3] for id, hits in retrieved.items()}
+    assert all(x["answer"] == x["answers"][0] for name in ("train", "val") for x in load(folder / f"{name}.jsonl"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["stages"].keys() == prepare.STAGES.keys()
+    assert all(s["complete"] and s["seconds"] >= 0 and s["counts"] for s in manifest["stages"].values())
+
+
+def test_duplicates_empty_documents_and_long_queries(settings, tmp_path, monkeypatch, capfd):
+    queries = [dict(_id="a", text="who is it"), dict(_id="b", text=" who is it "), dict(_id="c", text="the stone " * 50),
+               dict(_id="d", text="the stone " * 60), dict(_id="e", text="near the river")]
+    corpus = [dict(_id="1", text="the mayor"), dict(_id="2", text=" "), dict(_id="3", title="Loku", text="a river")]
+    folder = make(tmp_path, monkeypatch, settings, queries=jsonl(tmp_path / "q.jsonl", queries), max_passages=3,
+                  corpus=jsonl(tmp_path / "c.jsonl", corpus + [dict(_id="4", text="not read")]), reranker="", top_k=5)
+    stages = json.loads((folder / "manifest.json").read_text())["stages"]
+    assert stages["queries"]["counts"] == dict(queries=3, duplicates=2, cut=1, with_gold_answers=0)
+    assert stages["corpus"]["counts"] == dict(documents=3, empty_documents=1, chunks=2)
+    assert [c["_id"] for c in load(folder / "corpus.jsonl")] == ["1#0", "3#0"]
+    tokenizer = AutoTokenizer.from_pretrained(settings["generator"])
+    assert len(tokenizer(load(folder / "queries.jsonl")[1]["text"], add_special_tokens=False).input_ids) == 64
+    out = capfd.readouterr().out
+    assert "2 duplicates dropped, 1 queries longer than 64 tokens cut" in out
+    assert "3 examples have fewer than 3 documents" in out and stages["train"]["counts"]["fewer_documents"] == 3
+
+
+# ---- runs of other engines
+
+
+def test_a_run_in_place_of_retrieval(settings, whole, tmp_path, monkeypatch):
+    lines = (whole / "run.retrieval.trec").read_text().splitlines(keepends=True)
+    folder = make(tmp_path, monkeypatch, settings, run=str(whole / "run.retrieval.trec"))
+    assert not (folder / "index").exists()
+    for name in ("run.rerank.trec", "teacher.jsonl", "train.jsonl", "val.jsonl"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    # in any order, with white space of other kinds, deeper than top_k, compressed
+    scores = {(row.split()[0], row.split()[2]): float(row.split()[4]) for row in lines}
+    more = [f"q{i}\tQ0\t{c['_id']}\t99\t-1e3\tx\n" for i in range(20) for c in load(whole / "corpus.jsonl") if (f"q{i}", c["_id"]) not in scores]
+    random.Random(0).shuffle(lines)
+    assert len(set(scores.values())) == len(scores)  # no ties here, so the order is known
+    path = write(tmp_path / "other.trec.gz", gzip.compress("".join(more + lines).encode()))
+    folder = make(tmp_path, monkeypatch, settings, run=path, overwrite=True)
+    assert (folder / "train.jsonl").read_bytes() == (whole / "train.jsonl").read_bytes()
+    # its queries may be more than are asked
+    folder = make(tmp_path, monkeypatch, settings, run=path, overwrite=True, max_queries=8)
+    assert len(load(folder / "train.jsonl")) + len(load(folder / "val.jsonl")) == 8
+
+
+@pytest.mark.parametrize("change,says", [
+    (lambda rows: [*rows, "q1 Q0 d1#0 3 0.5\n"], "line 201: not the six columns of a TREC run"),
+    (lambda rows: [*rows, "q1 Q0 d1#0 3 high x\n"], "line 201: not the six columns of a TREC run"),
+    (lambda rows: [*rows, "q1 Q0 d1#0 3 nan x\n"], "line 201: not the six columns of a TREC run"),
+    (lambda rows: [*rows, "q1 Q0 d1 3 0.5 x\n"], "line 201: no passage 'd1' in data/x/corpus.jsonl, whose ids look like 'd0#0'"),
+    (lambda rows: ["q99 Q0 d1#0 3 0.5 x\n", *rows], "line 1: no query 'q99' in"),
+    (lambda rows: rows[10:], "no line for the query 'q0'"),
+    (lambda rows: rows[20:], "no line for the query 'q0' and 1 more"),
+    (lambda rows: [rows[0], *rows], "a passage stands twice for the query 'q0'")])
+def test_a_bad_run(settings, whole, tmp_path, monkeypatch, capfd, change, says):
+    path = write(tmp_path / "bad.trec", "".join(change((whole / "run.retrieval.trec").read_text().splitlines(keepends=True))))
+    assert says in wrong(capfd, tmp_path, monkeypatch, settings, run=path)
+
+
+# ---- the teacher on a server
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers chat requests as OpenAI's API does, after several kinds of failure."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, body, status=200, cut=0):
+        self.close_connection = bool(cut)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        try:
+            self.end_headers()
+            self.wfile.write(body[:len(body) - cut])
+        except BrokenPipeError:  # who asked has not waited
+            self.close_connection = True
+
+    def do_GET(self):
+        self.reply(json.dumps(dict(data=[dict(id=m) for m in self.server.models])).encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.asked.append(body)
+            failure = self.server.failures.pop() if self.server.failures else None
+        answer = json.dumps(dict(choices=[dict(message=dict(content=f" {self.server.answer(body)} "), finish_reason="stop")])).encode()
+        if failure == "slow":
+            time.sleep(1.5)
+        if failure == "closed":
+            self.close_connection = True
+        elif failure == "half":
+            self.reply(answer, cut=20)
+        elif failure == "unfinished":
+            self.reply(json.dumps(dict(choices=[dict(message=dict(content="The ans"), finish_reason=None)])).encode())
+        elif isinstance(failure, int):
+            self.reply(b'{"error": "no luck"}', status=failure)
+        else:
+            self.reply(answer)
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.asked, server.failures, server.models, server.lock = [], [], ["a-model"], threading.Lock()
+    server.answer = lambda body: "answer to " + body["messages"][-1]["content"].rpartition("Question: ")[2]
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_fails_answers_every_query_once(settings, whole, server, tmp_path, monkeypatch):
+    server.failures = [500, "slow", "closed", "half", "unfinished", 429, 503]
+    folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_timeout=1.0, teacher_requests=4)
+    queries = load(folder / "queries.jsonl")
+    assert load(folder / "teacher.jsonl") == [dict(_id=q["_id"], answer=f"answer to {q['text']}") for q in queries]
+    assert len(server.asked) == 20 + 7
+    # the chat that it is sent is the prompt of the model's full mode
+    model = ScaleDown(ScaleDownConfig(generator=settings["generator"], num_layers=1, doc_tokens=24))
+    sent = {model.tokenizer.apply_chat_template(b["messages"], tokenize=False, add_generation_prompt=True) for b in server.asked}
+    corpus = {c["_id"]: c for c in load(folder / "corpus.jsonl")}
+    assert sent == {model.full_prompts([q["text"]], [[corpus[p] for p, _ in hits]])[0]
+                    for q, (_, hits) in zip(queries, read_run(folder / "run.rerank.trec"))}
+    assert all(b["model"] == "a-model" and b["max_tokens"] == 6 and b["temperature"] == 0 for b in server.asked)
+
+
+def test_a_server_that_gives_up_loses_no_answer(settings, server, tmp_path, monkeypatch, capfd):
+    changes = dict(teacher_url=server.url, teacher_requests=1, teacher_retries=0)
+    server.failures = ["half", *[None] * 7]
+    says = wrong(capfd, tmp_path, monkeypatch, settings, **changes)
+    assert re.search(rf"{server.url}: no answer to the query 'q\d+': \w+: ", says)
+    assert len(load(next((tmp_path / "data" / "x" / "teacher.jsonl.parts").iterdir()))) >= 7
+    first = len(server.asked)
+    folder = make(tmp_path, monkeypatch, settings, **changes)
+    assert len(load(folder / "teacher.jsonl")) == 20 and len(server.asked) - first == 20 - 7
+
+
+def test_a_server_that_refuses(settings, server, tmp_path, monkeypatch, capfd):
+    server.failures = [401]
+    says = wrong(capfd, tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
+    assert "HTTP status 401" in says and "no luck" in says and len(server.asked) <= 2  # asked once and not again
+    server.models = ["a", "b"]
+    assert "serves a, b, not teacher=" in wrong(capfd, tmp_path, monkeypatch, settings, teacher_url=server.url)
+    nobody = "http://127.0.0.1:9/v1"
+    assert f"{nobody}: no answer to the question which models it serves: ConnectionError" in wrong(
+        capfd, tmp_path, monkeypatch, settings, teacher_url=nobody, teacher_retries=0)
+
+
+# ---- crashes, processes, other settings
+
+
+def killed(folder, args, states):
+    """Starts a run and kills it when it has gone through so many states of its folder, or lets it end; -> how many."""
+    process = subprocess.Popen(args, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seen = set()
+    while process.poll() is None and len(seen) < states:
+        for path in Path(folder).rglob("*"):
+            try:
+                seen.add((str(path), path.stat().st_size))
+            except FileNotFoundError:
+                pass
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    return len(seen)
+
+
+def test_kill_and_restart(settings, whole, tmp_path):
+    kill_at_random_moments(settings, whole, tmp_path, kills=3)
+
+
+@pytest.mark.slow
+def test_kill_and_restart_20_times(settings, whole, tmp_path):
+    kill_at_random_moments(settings, whole, tmp_path, kills=20)
+
+
+def kill_at_random_moments(settings, whole, tmp_path, kills):
+    (tmp_path / "count").mkdir()
+    all_states = killed(tmp_path / "count", command(settings), 10**9)
+    rng = random.Random(kills)
+    for i in range(kills):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        # one in each twentieth of the run
+        moment = int(all_states * (i + rng.random()) / kills)
+        killed(folder, command(settings), moment)
+        done = run(folder, command(settings))
+        assert done.returncode == 0, done.stderr
+        same(folder / "data" / "x", whole)
+        print(f"killed at {moment} of {all_states} states")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_any_number_of_processes_makes_the_same_files(settings, whole, tmp_path, n):
+    done = run(tmp_path, command(settings, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"))
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "data" / "x", whole)
+
+
+def test_answers_torn_by_a_crash(settings, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "data" / "x")
+    folder = tmp_path / "data" / "x"
+    lines = (folder / "teacher.jsonl").read_bytes().splitlines(keepends=True)
+    for name in ("teacher.jsonl", "train.jsonl", "val.jsonl"):
+        (folder / name).unlink()
+    (folder / "teacher.jsonl.parts").mkdir()
+    # answers that the teacher would not give, to see that they are kept; of more processes than now
+    kept = {json.loads(line)["_id"]: f"kept {i}" for i, line in enumerate(lines[:7])}
+    for name, rows in (("000000", list(kept.items())[:4]), ("000003", list(kept.items())[4:])):
+        write(folder / "teacher.jsonl.parts" / name, b"".join(prepare.to_line(dict(_id=i, answer=a)) for i, a in rows) + lines[9][:-9])
+    make(tmp_path, monkeypatch, settings)
+    want = [{"_id": json.loads(line)["_id"], "answer": kept.get(json.loads(line)["_id"], json.loads(line)["answer"])} for line in lines]
+    assert load(folder / "teacher.jsonl") == want
+
+
+def test_other_settings_stop_or_overwrite(settings, whole, tmp_path, monkeypatch, capfd):
+    shutil.copytree(whole, tmp_path / "data" / "x")
+    folder = tmp_path / "data" / "x"
+    before = {name: (folder / name).stat().st_mtime_ns for name in FILES}
+    make(tmp_path, monkeypatch, settings, batch_tokens=600)  # what does not matter does not stop it
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in FILES}
+    assert capfd.readouterr().out.count("there already") == 7
+    says = wrong(capfd, tmp_path, monkeypatch, settings, num_documents=2, answer_tokens=5)
+    assert "data/x was made with num_documents=3, now 2, answer_tokens=6, now 5:" in says
+    assert "--overwrite=True makes anew rerank, teacher, train" in says
+    other = jsonl(tmp_path / "other.jsonl", load(settings["queries"])[:15])
+    says = wrong(capfd, tmp_path, monkeypatch, settings, queries=other)
+    assert "queries: other contents" in says and "makes anew queries, retrieval, rerank, teacher, train" in says
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in FILES}
+    make(tmp_path, monkeypatch, settings, num_documents=2, overwrite=True)
+    after = {name: (folder / name).stat().st_mtime_ns for name in FILES}
+    assert {name for name in FILES if after[name] != before[name]} == {"run.rerank.trec", "teacher.jsonl", "train.jsonl", "val.jsonl"}
+    assert all(len(x["documents"]) == 2 for x in load(folder / "train.jsonl"))
+    # a copy elsewhere of the same input is the same input
+    make(tmp_path, monkeypatch, settings, num_documents=2, corpus=shutil.copy(settings["corpus"], tmp_path / "copy.jsonl"))
+
+
+def test_input_mended_after_a_mistake_needs_no_overwrite(settings, tmp_path, monkeypatch, capfd):
+    path = tmp_path / "c.jsonl"
+    write(path, '{"_id": "1", "text": "the mayor"}\n{"_id": "2"}\n')
+    assert "c.jsonl, line 2: 'text' is missing" in wrong(capfd, tmp_path, monkeypatch, settings, corpus=str(path))
+    write(path, '{"_id": "1", "text": "the mayor"}\n{"_id": "2", "text": "a river"}\n')
+    make(tmp_path, monkeypatch, settings, corpus=str(path))
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+
+def test_a_full_disk(settings, whole, tmp_path):
+    """Files may not grow beyond 4,000 bytes: as a full disk, it stops a write in its middle."""
+    done = run(tmp_path, command(settings), preexec_fn=limit_file_size)
+    says = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "File too large" in says and "data/x/" in says and "goes on from there" in says, says
+    done = run(tmp_path, command(settings))
+    assert done.returncode == 0 and "queries: there already" in done.stdout, done.stderr
+    same(tmp_path / "data" / "x", whole)
+
+
+def test_a_disk_full_of_answers(settings, server, whole, tmp_path):
+    """Of the teacher's answers those that were written are kept."""
+    shutil.copytree(whole, tmp_path / "data" / "x")
+    for name in ("teacher.jsonl", "train.jsonl", "val.jsonl"):
+        (tmp_path / "data" / "x" / name).unlink()
+    server.answer = lambda body: "x" * 500
+    changes = dict(teacher_url=server.url, teacher_requests=1)
+    done = run(tmp_path, command(settings, **changes), preexec_fn=limit_file_size)
+    assert "teacher.jsonl.parts/000000" in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    server.asked = []
+    done = run(tmp_path, command(settings, **changes))
+    assert done.returncode == 0 and len(load(tmp_path / "data" / "x" / "teacher.jsonl")) == 20
+    assert 5 < len(server.asked) < 16
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("name,text,says", [
+    ("corpus.jsonl", "", "corpus.jsonl is empty"),
+    ("corpus.jsonl", "\n \n", "corpus.jsonl holds no text"),
+    ("corpus.jsonl", '{"_id": "1", "text": ""}\n', "corpus.jsonl holds no text"),
+    ("corpus.jsonl", '{"_id": "1", "text": "a"}\n{"text": "b"}\n', "corpus.jsonl, line 2: '_id' is missing"),
+    ("corpus.jsonl", '{"_id": "1"}\n', "corpus.jsonl, line 1: 'text' is missing"),
+    ("corpus.jsonl", '{"_id": "a b", "text": "a"}\n', "corpus.jsonl, line 1: _id 'a b' is no word or number"),
+    ("corpus.jsonl", '{"_id": "1", "text": ["a", 2]}\n', "corpus.jsonl, line 1: 'text' is missing or no string"),
+    ("corpus.jsonl", '{"_id": "1", "title": 3, "text": "a"}\n', "corpus.jsonl, line 1: 'title' is missing or no string"),
+    ("corpus.jsonl", '{"_id": "1", "text": "a"}\n{"_id": ', "corpus.jsonl, line 2: broken JSON"),
+    ("corpus.jsonl", '["a"]\n', "corpus.jsonl, line 1: not a JSON object"),
+    ("corpus.jsonl", '{"_id": "1", "text": "\\ud800"}\n', "corpus.jsonl, line 1: broken JSON"),
+    ("corpus.jsonl", b'{"_id": "1", "text": "a"}\n{"_id": "2", "text": "\xe9"}\n', "corpus.jsonl, line 2: not UTF-8"),
+    ("corpus.jsonl", '{"_id": "1", "text": "a"}\n\n{"_id": 1, "text": "b"}\n', "corpus.jsonl, line 3: the _id '1' stands already in line 1"),
+    ("corpus.tsv", "1\ta\n2 b\n", "corpus.tsv, line 2: no tab"),
+    ("corpus.jsonl.gz", gzip.compress(b'{"_id": "1", "text": "a"}\n' * 99)[:-9], "corpus.jsonl.gz: a damaged gzip file"),
+    ("corpus.jsonl.gz", '{"_id": "1", "text": "a"}\n', "corpus.jsonl.gz: a damaged gzip file"),
+    ("queries.jsonl", "\n", "queries.jsonl holds no queries"),
+    ("queries.jsonl", '{"_id": "1"}\n', "queries.jsonl, line 1: 'text' is missing or empty"),
+    ("queries.jsonl", '{"_id": "1", "text": " "}\n', "queries.jsonl, line 1: 'text' is missing or empty"),
+    ("queries.jsonl", '{"text": "a"}\n', "queries.jsonl, line 1: '_id' is missing"),
+    ("queries.jsonl", '{"_id": "1", "text": "a", "metadata": {"answers": "b"}}\n', "queries.jsonl, line 1: metadata.answers is not a list"),
+    ("queries.jsonl", '{"_id": "1", "text": "a"}\n{"_id": "1", "text": "b"}\n', "queries.jsonl, line 2: the _id '1' stands already in line 1"),
+    ("queries.tsv", "1\n", "queries.tsv, line 1: no tab"),
+    ("queries.txt", b"who\n\xff\xfew\n", "queries.txt, line 2: not UTF-8")])
+def test_bad_files(settings, tmp_path, monkeypatch, capfd, name, text, says):
+    setting = name.split(".")[0]
+    assert says in wrong(capfd, tmp_path, monkeypatch, settings, **{setting: write(tmp_path / name, text)})
+
+
+@pytest.mark.parametrize("changes,says", [
+    (dict(corpus=""), "needs --corpus=FILE and --queries=FILE"), (dict(queries="nowhere.jsonl"), "queries: nowhere.jsonl does not exist"),
+    (dict(run="nowhere.trec"), "run: nowhere.trec does not exist"), (dict(dataset="../x"), "dataset is the name of a folder"),
+    (dict(top_k=2), "top_k (2) is smaller than num_documents (3)"), (dict(dtype="int8"), "dtype is float32"),
+    (dict(answer_tokens=0), "answer_tokens must be at least 1"), (dict(device="tpu"), "device is cpu, cuda"),
+    (dict(splade="nowhere"), "splade=nowhere: "), (dict(teacher="nowhere"), "teacher=nowhere: ")])
+def test_bad_settings(settings, tmp_path, monkeypatch, capfd, changes, says):
+    assert says in wrong(capfd, tmp_path, monkeypatch, settings, **changes)
+
+
+@pytest.mark.parametrize("setting,model,says", [
+    ("splade", "llama", "is a LlamaForCausalLM, not a masked language model"),
+    ("splade", "bert", "is a BertModel, not a masked language model"),
+    ("reranker", "splade", "is a BertForMaskedLM, not a cross-encoder"),
+    ("reranker", "two_labels", "gives 2 scores for a document, not one"),
+    ("teacher", "splade", "is a BertForMaskedLM, not a causal language model"),
+    ("generator", "modernbert", "is a ModernBertModel, not a causal language model")])
+def test_a_model_of_another_kind(settings, tiny, tmp_path, monkeypatch, capfd, setting, model, says):
+    assert f"{setting}={tiny(model)} {says}" in wrong(capfd, tmp_path, monkeypatch, settings, **{setting: tiny(model)})
+
+
+def test_a_prompt_beyond_the_teachers_positions(settings, tmp_path, monkeypatch, capfd):
+    says = wrong(capfd, tmp_path, monkeypatch, settings, answer_tokens=600)
+    assert re.search(r"teacher: prompt and answer of the query 'q\d+' take \d+ tokens, .* has 512 positions", says)
+
+
+def test_no_gold_answers(settings, tmp_path, monkeypatch, capfd):
+    queries = jsonl(tmp_path / "q.jsonl", [dict(_id="1", text="who")])
+    assert "no query has gold answers" in wrong(capfd, tmp_path, monkeypatch, settings, queries=queries, teacher="gold")
+
+
+def test_unreadable_files_on_the_command_line(settings, tmp_path):
+    done = run(tmp_path, command(settings, corpus=tmp_path))
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].endswith("does not exist")
+    (tmp_path / "data").write_text("a file where a folder should be")
+    done = run(tmp_path, command(settings))
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "data" in done.stderr.strip().splitlines()[-1]
+
+
+# ---- memory
+
+
+def peak_memory(code):
+    """MiB that a process of this code has had resident at most."""
+    code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    done = run(ROOT, [sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.splitlines()[-1])
+
+
+def examples_memory(tmp_path, n):
+    x = json.dumps(dict(query="who is the mayor?", documents=[dict(title="Loku", text="The mayor is Tuson. " * 6)] * 5, answer="Tuson"))
+    with open(tmp_path / "train.jsonl", "w") as f:
+        f.writelines(f"{x}\n" for _ in range(n))
+    return peak_memory(f"import random\nfrom data import Examples\nx = Examples({str(tmp_path / 'train.jsonl')!r})\n"
+                       f"assert len(x) == {n}\nfor _ in range(10000): x[random.randrange({n})]")
+
+
+def test_memory_of_examples(tmp_path):
+    assert examples_memory(tmp_path, 50_000) < examples_memory(tmp_path, 1000) + 10  # their file has 40 MB
+
+
+@pytest.mark.slow
+def test_memory_of_a_million_examples(tmp_path):
+    assert examples_memory(tmp_path, 1_000_000) < 500
+
+
+def corpus_memory(settings, tmp_path, n):
+    rng = random.Random(0)
+    with open(tmp_path / "corpus.tsv", "w") as f:
+        f.writelines(f"{i}\t{sentence(rng, 25)}\n" for i in range(n))
+    changes = {**settings, "corpus": str(tmp_path / "corpus.tsv"), "doc_tokens": 128}
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    (tmp_path / "data" / "x").mkdir(parents=True)
+    return peak_memory(f"import os, prepare\nvars(prepare).update({changes!r})\nos.chdir({str(tmp_path)!r})\n"
+                       f"assert prepare.make_corpus('data/x')['chunks'] == {n}")
+
+
+def test_memory_of_the_corpus(settings, tmp_path):
+    assert corpus_memory(settings, tmp_path, 40_000) < corpus_memory(settings, tmp_path, 20_000) + 30
+
+
+@pytest.mark.slow
+def test_memory_of_a_million_passages(settings, tmp_path):
+    assert corpus_memory(settings, tmp_path, 1_000_000) < 2048
