@@ -96,7 +96,7 @@ class Examples:
         """(start, end, text) of the objects of a JSON list, found by counting brackets outside strings."""
         depth, separator = 0, b"["
         file = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-        end = len(codecs.BOM_UTF8) if file[:3] == codecs.BOM_UTF8 else 0
+        end = kept = len(codecs.BOM_UTF8) if file[:3] == codecs.BOM_UTF8 else 0
         for m in re.finditer(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', file, re.DOTALL):
             c = m[0][:1]
             if c in b"[{":
@@ -110,6 +110,9 @@ class Examples:
                 if depth == 1:
                     end, separator = m.end(), b","
                     yield start, end, file[start:end]
+                    if end - kept > 1 << 24:  # mapped pages would stay in memory
+                        file.madvise(mmap.MADV_DONTNEED)
+                        kept = end
         if b"".join(file[end:].split()) == b"[]":
             return
         if depth != 0 or file[end:].strip() != b"]":

@@ -18,11 +18,13 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same digits with any num
 
 import base64
 import concurrent.futures
+import fcntl
 import gzip
 import json
 import random
 import re
 import shutil
+import sys
 import threading
 import time
 import zlib
@@ -39,6 +41,7 @@ import regex
 import requests
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
@@ -90,8 +93,10 @@ num_documents = 5  # kept after reranking
 val_fraction = 0.01  # of the queries
 batch_tokens = 16384  # tokens in a batch of any of the models
 overwrite = False  # make anew what was made with other settings
+last_stage = "train"  # stop after this one: after corpus, to go on with the run of another engine
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # of the models' weights
+dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # of the teacher's weights
+encoder_dtype = "float16" if torch.cuda.is_available() else "float32"  # of SPLADE's and the reranker's
 # of the toy
 seed = 1337
 train_examples = 36000
@@ -129,7 +134,10 @@ def replacing(path):
 
 def barrier():
     if world > 1:
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:  # another process has failed, and has said why
+            sys.exit(1)
 
 
 def part_size(n, most):
@@ -149,9 +157,9 @@ def make_parts(folder, parts, write, bar=None):
     Returns the number of parts."""
     os.makedirs(folder, exist_ok=True)
     n = 0
-    for n, part in enumerate(parts, 1):
-        path = f"{folder}/{n - 1:06d}"
-        if n % world == rank and not os.path.exists(path):
+    for i, part in enumerate(parts):
+        path, n = f"{folder}/{i:06d}", i + 1
+        if i % world == rank and not os.path.exists(path):
             with replacing(path) as f:
                 write(f, part)
         if bar is not None:
@@ -209,6 +217,8 @@ def records(path, bar=None):
             columns = line.split("\t")
             if len(columns) < 2:
                 fail(f"{where}: no tab: a .tsv file holds id, text on a line")
+            if number == 1 and columns[:2] == ["id", "text"]:
+                continue  # DPR's Wikipedia has a header
             x = dict(zip(("_id", "text", "title"), columns))
         else:
             try:
@@ -247,6 +257,8 @@ def read_queries(path):
     """(where, {"_id", "text", "answers"}) of every query; without ids a query's line number is its id."""
     if not path.removesuffix(".gz").endswith((".jsonl", ".tsv")):
         for number, line in lines(path):
+            if number == 1 and line.lstrip()[0] in "{[":
+                fail(f"{path} looks like JSON: queries in JSON Lines stand in a file that ends in .jsonl")
             yield f"{path}, line {number}", dict(_id=str(number), text=line.strip(), answers=[])
         return
     for where, x in records(path):
@@ -274,23 +286,36 @@ def run_lines(query, passages, scores, tag):
 
 
 def chunk(tokenizer, documents, max_tokens):
-    """documents [(id, title, text), ..] -> [{"_id": "ID#0", "title", "text"}, ..]: each text cut where every so many
-    tokens begin, so that title and text have max_tokens (at least half of them for the text), as the models read them.
+    """documents [(id, title, text), ..] -> [{"_id": "ID#0", "title", "text"}, ..]: each text cut where every so many of
+    its tokens begin, so that a chunk with its title, as document_text() writes it, has at most max_tokens (>= 8).
 
-    No character is lost but white space at a cut: a character of several tokens goes with the first of them.
+    No character of a text is lost but white space at a cut; one of several tokens goes with the first of them. Of a
+    title that is longer than half the tokens the rest is lost.
     """
-    if not documents:
-        return []
-    titles = tokenizer([title + "\n" for _, title, _ in documents], add_special_tokens=False).input_ids
-    encodings = tokenizer([text for _, _, text in documents], add_special_tokens=False, return_offsets_mapping=True,
-                          verbose=False).offset_mapping
-    out = []
-    for (id, title, text), title_ids, offsets in zip(documents, titles, encodings):
-        size = max(max_tokens - len(title_ids) * bool(title), -(-max_tokens // 2))
-        cuts = [0, *(start for start, _ in offsets[size::size]), len(text)]
-        pieces = filter(None, (text[a:b].strip() for a, b in zip(cuts, cuts[1:])))
-        out += [dict(_id=f"{id}#{i}", title=title, text=piece) for i, piece in enumerate(pieces)]
-    return out
+    def offsets_of(texts):
+        return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+
+    titles, room = [], []
+    for (_, title, _), offsets in zip(documents, offsets_of([f"{title}\n" for _, title, _ in documents])):
+        if len(offsets) > max_tokens // 2:
+            title = title[:offsets[max_tokens // 2 - 1][0]].strip()
+        titles.append(title)
+        room.append(max_tokens - min(len(offsets), max_tokens // 2) * bool(title))
+    starts = [[start for start, _ in offsets] for offsets in offsets_of([text for _, _, text in documents])]
+    pieces, todo = [[] for _ in documents], range(len(documents))
+    while todo:
+        for i in todo:
+            text = documents[i][2]
+            cuts = [0, *starts[i][room[i]::room[i]], len(text)]
+            pieces[i] = [piece for a, b in zip(cuts, cuts[1:]) if (piece := text[a:b].strip())]
+        # a word that a cut has parted can take a token more when it is read again: then the document is cut shorter
+        rows = [(i, document_text(dict(title=titles[i], text=piece))) for i in todo for piece in pieces[i]]
+        lengths = map(len, offsets_of([text for _, text in rows]) if rows else [])
+        todo = sorted({i for (i, _), n in zip(rows, lengths) if n > max_tokens and room[i] > 1})
+        for i in todo:
+            room[i] -= 1
+    return [dict(_id=f"{id}#{n}", title=title, text=piece)
+            for (id, _, _), title, texts in zip(documents, titles, pieces) for n, piece in enumerate(texts)]
 
 
 def id_hash(id):
@@ -299,7 +324,7 @@ def id_hash(id):
 
 class Corpus:
     """corpus.jsonl, a chunk by its number or its id. Memory holds none of it: offsets and hashes of ids are mapped from
-    disk (corpus.index)."""
+    disk (corpus.index). Only to sort the hashes, once, index_corpus() takes some 70 bytes a chunk."""
 
     def __init__(self, folder):
         self.file = open(f"{folder}/corpus.jsonl", "rb")
@@ -394,6 +419,8 @@ def make_queries(folder):
                     bar.update()
             if not counts["queries"]:
                 fail(f"{queries} holds no queries")
+            if teacher == "gold" and not counts["with_gold_answers"]:
+                fail(f"{queries}: no query has gold answers (metadata.answers) for --teacher=gold")
         if counts["duplicates"] or counts["cut"]:
             print(f"{queries}: {counts['duplicates']:,} duplicates dropped, {counts['cut']:,} queries longer than "
                   f"{query_tokens} tokens cut")
@@ -402,6 +429,8 @@ def make_queries(folder):
 
 
 # ---- 3. retrieval with SPLADE (arXiv 2403.06789)
+
+SHARD_PASSAGES = 50_000
 
 
 def by_length(lengths, batch_tokens):
@@ -443,57 +472,69 @@ class Splade:
     def encode(self, texts, batch_tokens):
         """n texts -> pointers (n + 1,), words, weights: row i of the sparse (n, V) matrix is words[pointers[i]:
         pointers[i + 1]] and the weights beside them. numpy arrays."""
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)
-        rows, lengths = [None] * len(texts), [len(x) for x in ids["input_ids"]]
-        for batch in by_length(lengths, batch_tokens):
-            self.lengths = [lengths[i] for i in batch]
-            weights = self.model(**pad(self.tokenizer, ids, batch).to(self.model.device)).logits  # (B, V)
-            weights = weights.float().relu().log1p()
-            row, word = weights.nonzero(as_tuple=True)
-            counts = row.bincount(minlength=len(batch)).tolist()
-            for i, w, v in zip(batch, word.int().cpu().split(counts), weights[row, word].cpu().split(counts)):
-                rows[i] = w.numpy(), v.numpy()
+        rows = []
+        for window in parts_of(texts, 8192):  # token ids in lists take much memory
+            ids = self.tokenizer(window, truncation=True, max_length=self.max_length)
+            lengths = [len(x) for x in ids["input_ids"]]
+            found = [None] * len(window)
+            for batch in by_length(lengths, batch_tokens):
+                self.lengths = [lengths[i] for i in batch]
+                weights = self.model(**pad(self.tokenizer, ids, batch).to(self.model.device)).logits  # (B, V)
+                weights = weights.float().relu().log1p()
+                row, word = weights.nonzero(as_tuple=True)
+                counts = row.bincount(minlength=len(batch)).tolist()
+                for i, w, v in zip(batch, word.int().cpu().split(counts), weights[row, word].cpu().split(counts)):
+                    found[i] = w.numpy(), v.numpy()
+            rows += found
         pointers = np.cumsum([0] + [len(words) for words, _ in rows])
         return pointers, np.concatenate([w for w, _ in rows]), np.concatenate([v for _, v in rows])
 
 
-def inverted(pointers, words, weights, vocab_size):
+def inverted(pointers, words, weights, vocab_size, first):
     """A sparse (n, V) matrix by rows -> the same by words, as tensors: passages[pointers[w]:pointers[w + 1]] are the
-    rows that have word w, in ascending order, and the weights beside them."""
+    rows that have word w, in ascending order, and the weights beside them. span: the numbers of the first passage and
+    behind the last."""
     passages = np.repeat(np.arange(len(pointers) - 1, dtype=np.int32), np.diff(pointers))
     order = np.argsort(words, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(words, minlength=vocab_size))])
     return dict(pointers=torch.from_numpy(starts), passages=torch.from_numpy(passages[order]),
-                weights=torch.from_numpy(weights[order]))
+                weights=torch.from_numpy(weights[order]), span=torch.tensor([first, first + len(pointers) - 1]))
 
 
 def make_index(folder):
-    passages, model = Corpus(folder), Splade(splade, device, getattr(torch, dtype))
+    passages, model = Corpus(folder), Splade(splade, device, getattr(torch, encoder_dtype))
 
     def write(f, numbers):
         matrix = model.encode([document_text(passages[i]) for i in numbers], batch_tokens)
-        f.write(to_safetensors(inverted(*matrix, len(model.output.weight))))
+        f.write(to_safetensors(inverted(*matrix, len(model.output.weight), numbers[0])))
 
-    size = part_size(len(passages), 50000)
-    n = make_parts(f"{folder}/index", parts_of(range(len(passages)), size), write,
-                   progress("index", total=len(passages), unit=" passages"))
-    return dict(shards=n, shard_size=size)
+    n = make_parts(f"{folder}/index.parts", parts_of(range(len(passages)), part_size(len(passages), SHARD_PASSAGES)),
+                   write, progress("index", total=len(passages), unit=" passages"))
+    if rank == 0:
+        os.rename(f"{folder}/index.parts", f"{folder}/index")
+    return dict(shards=n, passages=len(passages))
 
 
 @numba.njit(parallel=True, cache=True)
 def search_shard(q_pointers, q_words, q_weights, pointers, passages, weights, n, first, best, scores):
     for q in numba.prange(len(q_pointers) - 1):
-        dense = np.zeros(n, np.float32)  # the query's scores of the shard's n passages
+        dense = np.zeros(-(-n // 64) * 64, np.float32)  # the query's scores of the shard's n passages
         for j in range(q_pointers[q], q_pointers[q + 1]):
-            for p in range(pointers[q_words[j]], pointers[q_words[j] + 1]):
-                dense[passages[p]] += q_weights[j] * weights[p]
-        for p in range(n):
-            if dense[p] > scores[q, -1]:
-                i = scores.shape[1] - 1
-                while i > 0 and scores[q, i - 1] < dense[p]:
-                    scores[q, i], best[q, i] = scores[q, i - 1], best[q, i - 1]
-                    i -= 1
-                scores[q, i], best[q, i] = dense[p], first + p
+            start, end = pointers[q_words[j]], pointers[q_words[j] + 1]
+            these, their_weights = passages[start:end], weights[start:end]
+            for i in range(end - start):
+                dense[these[i]] += q_weights[j] * their_weights[i]
+        for block in range(0, n, 64):
+            better = False
+            for p in range(block, block + 64):  # without a branch, so that 16 are compared at a time
+                better |= dense[p] > scores[q, -1]
+            for p in range(block, block + 64 if better else block):
+                if dense[p] > scores[q, -1]:
+                    i = scores.shape[1] - 1
+                    while i > 0 and scores[q, i - 1] < dense[p]:
+                        scores[q, i], best[q, i] = scores[q, i - 1], best[q, i - 1]
+                        i -= 1
+                    scores[q, i], best[q, i] = dense[p], first + p
 
 
 def search_shard_cuda(q_matrix, pointers, passages, weights, n, first, best, scores):
@@ -515,11 +556,10 @@ def search_shard_cuda(q_matrix, pointers, passages, weights, n, first, best, sco
     scores.copy_(score[order[starts]])
 
 
-def search(folder, shard_size, queries, vocab_size, k, device):
+def search(shards, queries, vocab_size, k, device):
     """The k passages with the largest scores, exactly: the sum over words of the query's weight times the passage's.
 
-    queries: pointers, words, weights of a sparse (B, V) matrix. folder: of the shards, of shard_size passages each but
-    the last; the passages of shard i begin with number i * shard_size.
+    shards: files, in the order of their passages. queries: pointers, words, weights of a sparse (B, V) matrix.
     Returns passages (B, k), scores (B, k), best first; of equal scores the first in the corpus comes first; -1 and 0
     where no further passage shares a word with the query. numpy arrays.
     """
@@ -531,10 +571,10 @@ def search(folder, shard_size, queries, vocab_size, k, device):
         best, scores, q_matrix = best.to(device), scores.to(device), torch.zeros(vocab_size, B, device=device)
         row = torch.arange(B).repeat_interleave(torch.from_numpy(np.diff(pointers)))
         q_matrix[torch.from_numpy(words).long(), row] = torch.from_numpy(weights).to(device)
-    for i, shard in enumerate(sorted(os.listdir(folder))):
-        shard = load_file(f"{folder}/{shard}", device=str(device) if on_cuda else "cpu")  # mapped, not read, on a CPU
-        n = 1 + int(shard["passages"].max()) if len(shard["passages"]) else 0
-        args = shard["pointers"], shard["passages"], shard["weights"], n, i * shard_size
+    for path in shards:
+        shard = load_file(path, device=str(device) if on_cuda else "cpu")  # on a CPU it is mapped, not read
+        first, end = shard["span"].tolist()
+        args = shard["pointers"], shard["passages"], shard["weights"], end - first, first
         if on_cuda:
             search_shard_cuda(q_matrix, *args, best, scores)
         else:
@@ -546,14 +586,16 @@ def search(folder, shard_size, queries, vocab_size, k, device):
 def make_run(folder):
     if run:
         return import_run(folder)
-    passages, model = Corpus(folder), Splade(splade, device, getattr(torch, dtype))
+    passages, model = Corpus(folder), Splade(splade, device, getattr(torch, encoder_dtype))
     asked = load_queries(folder)
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    shard_size = part_size(len(passages), 50000)
+    shards = sorted(Path(f"{folder}/index").glob("[0-9]*"))
+    if sum(end - first for first, end in (load_file(path)["span"].tolist() for path in shards)) != len(passages):
+        fail(f"{folder}/index lacks some of the {len(passages):,} passages: remove it, and it will be made anew")
 
     def write(f, part):
         rows = model.encode([x["text"] for x in part], batch_tokens)
-        best, scores = search(f"{folder}/index", shard_size, rows, len(model.output.weight), top_k, device)
+        best, scores = search(shards, rows, len(model.output.weight), top_k, device)
         for x, numbers, row in zip(part, best, scores):
             found = numbers >= 0
             f.write(run_lines(x["_id"], [passages[i]["_id"] for i in numbers[found]], row[found], "splade"))
@@ -649,7 +691,7 @@ class CrossEncoder:
 
 def make_reranked(folder):
     passages, texts = Corpus(folder), {x["_id"]: x["text"] for x in load_queries(folder)}
-    model = CrossEncoder(reranker, device, getattr(torch, dtype)) if reranker else None
+    model = CrossEncoder(reranker, device, getattr(torch, encoder_dtype)) if reranker else None
 
     def write(f, part):
         if model is not None:
@@ -680,7 +722,7 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens):
 
 
 def read_answers(folder):
-    """{query id: answer} of all files of a folder; a line that a crash has torn is left out."""
+    """{query id: {"_id", "model", "answer"}} of all files of a folder; a line that a crash has torn is left out."""
     answers = {}
     for path in Path(folder).iterdir():
         with open(path, "rb") as f:
@@ -689,7 +731,7 @@ def read_answers(folder):
                     x = json.loads(line)
                 except ValueError:
                     continue
-                answers[x["_id"]] = x["answer"]
+                answers[x["_id"]] = x
     return answers
 
 
@@ -716,9 +758,9 @@ def make_answers(folder):
             if f.tell():
                 f.write(b"\n")  # ends a line that a crash has torn
 
-            def record(answers):
-                new = {id: answer for id, answer in answers.items() if id not in done}
-                f.write(b"".join(to_line(dict(_id=id, answer=answer)) for id, answer in new.items()))
+            def record(answers, model=teacher):
+                new = [dict(_id=id, model=model, answer=answer) for id, answer in answers.items() if id not in done]
+                f.write(b"".join(map(to_line, new)))
                 f.flush()
 
             if teacher == "gold":
@@ -736,11 +778,9 @@ def make_answers(folder):
     answers = read_answers(parts) if rank == 0 else {}
     if rank == 0:
         with replacing(f"{folder}/teacher.jsonl") as f:
-            f.writelines(to_line(dict(_id=id, answer=answers[id])) for id in asked if id in answers)
-        if not answers:
-            fail(f"{queries}: no query has gold answers (metadata.answers) for --teacher=gold")
+            f.writelines(to_line(answers[id]) for id in asked if id in answers)
     barrier()
-    return dict(answers=len(answers), empty=sum(not a for a in answers.values()))
+    return dict(answers=len(answers), empty_answers=sum(not x["answer"] for x in answers.values()))
 
 
 def ask_model(windows, done, record):
@@ -767,7 +807,7 @@ def ask_model(windows, done, record):
 
 def ask_server(windows, done, record):
     """Chat requests to an OpenAI-compatible server, teacher_requests at a time."""
-    session, stopped = requests.Session(), threading.Event()
+    session, stopped, refused = requests.Session(), threading.Event(), []
     session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=teacher_requests))
     if os.environ.get("OPENAI_API_KEY"):
         session.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
@@ -778,40 +818,53 @@ def ask_server(windows, done, record):
 
     def ask(path, what, parse, **body):
         """Tries again after whatever may pass: no connection, a timeout, an overloaded or failing server, half an
-        answer."""
-        delay = 1.0
-        for _ in range(teacher_retries + 1):
+        answer. Returns None when the server refuses what was asked (too long for it, or against its rules)."""
+        for attempt in range(teacher_retries + 1):
             try:
                 r = session.request("POST" if body else "GET", teacher_url.rstrip("/") + path, json=body or None,
                                     timeout=teacher_timeout)
                 if r.status_code < 400:
                     return parse(r.json())
                 problem = f"HTTP status {r.status_code}: {' '.join(r.text[:300].split())}"
+                if r.status_code in (400, 413, 422):
+                    refused.append(problem)
+                    return None
                 if r.status_code < 500 and r.status_code not in (408, 409, 425, 429):
                     break
-            except (requests.RequestException, LookupError, TypeError, ValueError) as e:
+            except (requests.RequestException, AttributeError, LookupError, TypeError, ValueError) as e:
                 problem = f"{type(e).__name__}: {' '.join(str(e)[:300].split())}"
-            if stopped.wait(delay * random.uniform(0.5, 1)):
+            if attempt == teacher_retries or stopped.wait(min(2.0 ** attempt, 60.0) * random.uniform(0.5, 1)):
                 break
-            delay = min(2 * delay, 60.0)
         fail(f"{teacher_url}: no answer to {what}: {problem}; the answers so far are kept")
 
-    def answer(reply):
+    def parse_answer(reply):
         choice = reply["choices"][0]
         if not choice["finish_reason"]:
             raise ValueError("half an answer: no finish_reason")
         return (choice["message"]["content"] or "").strip()
 
-    served = ask("/models", "the question which models it serves", lambda reply: [m["id"] for m in reply["data"]])
+    served = ask("/models", "the question which models it serves", lambda reply: [m["id"] for m in reply["data"]]) or []
     if teacher not in served and len(served) != 1:
         fail(f"{teacher_url} serves {', '.join(served) or 'no model'}, not teacher={teacher}")
     model = teacher if teacher in served else served[0]
-    waiting = {}
+    others = {x["model"] for x in done.values()} - {model}
+    if others:
+        fail(f"{teacher_url} serves {model}, but there are answers of {others.pop()} already: --overwrite=True with "
+             "another --teacher name, or the former server")
+    waiting, answered, without = {}, bool(done), []
 
     def collect(most):
+        nonlocal answered
         while len(waiting) > most:
             for future in concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED").done:
-                record({waiting.pop(future): future.result()})
+                id, answer = waiting.pop(future), future.result()
+                if answer is None:
+                    without.append(id)
+                else:
+                    record({id: answer}, model)
+                    answered = True
+            if not answered and len(without) >= 10:
+                fail(f"{teacher_url} refuses every request: {refused[-1]}")
 
     with concurrent.futures.ThreadPoolExecutor(teacher_requests) as pool:
         try:
@@ -819,14 +872,22 @@ def ask_server(windows, done, record):
                 for id, query, documents in window:
                     if id not in done:
                         messages = chat_messages(query, "\n\n".join(documents), system_role)
-                        waiting[pool.submit(ask, "/chat/completions", f"the query '{id}'", answer, model=model,
+                        waiting[pool.submit(ask, "/chat/completions", f"the query '{id}'", parse_answer, model=model,
                                             messages=messages, max_tokens=answer_tokens, temperature=0)] = id
                         collect(2 * teacher_requests)
             collect(0)
         except BaseException:
-            stopped.set()  # the others do not wait for a further try
+            stopped.set()  # no further tries, but what is on its way is worth waiting for
             pool.shutdown(cancel_futures=True)
+            for future, id in waiting.items():
+                if not future.cancelled() and not future.exception() and future.result() is not None:
+                    record({id: future.result()}, model)
             raise
+    if without:
+        if not answered:
+            fail(f"{teacher_url} refuses every request: {refused[-1]}")
+        print(f"{teacher_url} refused {len(without):,} queries, such as '{without[0]}': {refused[-1]}")
+        record(dict.fromkeys(without, ""), model)
 
 
 # ---- 6. training examples
@@ -870,10 +931,10 @@ def make_examples(folder):
 STAGES = dict(  # what is made, of which settings, after which stages; inputs are known by their contents
     queries=(make_queries, ["queries.jsonl"], "queries generator query_tokens max_queries", ""),
     corpus=(make_corpus, ["corpus.jsonl", "corpus.index"], "corpus generator doc_tokens max_passages", ""),
-    index=(make_index, ["index"], "splade dtype", "corpus"),
+    index=(make_index, ["index"], "splade encoder_dtype", "corpus"),
     retrieval=(make_run, ["run.retrieval.trec"], "run top_k", "queries corpus index"),
-    rerank=(make_reranked, ["run.rerank.trec"], "reranker num_documents dtype", "retrieval"),
-    teacher=(make_answers, ["teacher.jsonl"], "teacher answer_tokens dtype", "rerank"),
+    rerank=(make_reranked, ["run.rerank.trec"], "reranker num_documents encoder_dtype", "retrieval"),
+    teacher=(make_answers, ["teacher.jsonl"], "teacher answer_tokens", "rerank"),
     train=(make_examples, ["train.jsonl", "val.jsonl"], "val_fraction", "teacher"),
 )
 
@@ -886,21 +947,28 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-def check_model(setting, name, mapping, kind):
+def check_model(setting, kinds, kind):
+    """Of a model its config and tokeniser, without its weights."""
+    name = globals()[setting]
+    names = {n for v in kinds.values() for n in ([v] if isinstance(v, str) else v)}
     try:
         config = AutoConfig.from_pretrained(name)
+        if not names & set(config.architectures or []):
+            fail(f"{setting}={name} is a {', '.join(config.architectures or ['model of no kind'])}, not {kind}")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if 2 * len(tokenizer) < getattr(config, "vocab_size", 0):  # transformers makes an empty one where there is none
+            fail(f"{setting}={name} lacks its tokeniser: it knows {len(tokenizer):,} of {config.vocab_size:,} tokens")
+        if setting in ("generator", "teacher"):
+            Prompt(tokenizer)
     except (OSError, ValueError) as e:
         fail(f"{setting}={name}: {str(e).splitlines()[0]}")
-    names = {n for v in mapping.values() for n in ([v] if isinstance(v, str) else v)}
-    if not names & set(config.architectures or []):
-        fail(f"{setting}={name} is a {', '.join(config.architectures or ['model of no kind'])}, not {kind}")
     return config
 
 
 def check_inputs():
     """Everything that can be known before hours of work."""
-    at_least(globals(), max_passages=0, max_queries=0, teacher_requests=1, teacher_retries=0, teacher_timeout=0,
-             doc_tokens=2, query_tokens=1, answer_tokens=1, top_k=1, num_documents=1, val_fraction=0, batch_tokens=1)
+    at_least(globals(), max_passages=0, max_queries=0, teacher_requests=1, teacher_retries=0, teacher_timeout=0.1,
+             doc_tokens=8, query_tokens=1, answer_tokens=1, top_k=1, num_documents=1, val_fraction=0, batch_tokens=1)
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", dataset):
         fail(f"dataset is the name of a folder in data/, not '{dataset}'")
     for name in ("corpus", "queries"):
@@ -911,97 +979,167 @@ def check_inputs():
             fail(f"{name}: {globals()[name]} does not exist")
         if globals()[name] and os.path.getsize(globals()[name]) == 0:
             fail(f"{name}: {globals()[name]} is empty")
+    if last_stage not in STAGES:
+        fail(f"last_stage is one of {', '.join(STAGES)}, not '{last_stage}'")
+    if val_fraction >= 1:
+        fail(f"val_fraction is a part of 1, not {val_fraction}")
     if top_k < num_documents:
         fail(f"top_k ({top_k}) is smaller than num_documents ({num_documents})")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        fail(f"dtype is float32, float16 or bfloat16, not '{dtype}'")
-    check_model("generator", generator, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal language model")
-    if not run:
-        check_model("splade", splade, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "a masked language model")
-    if reranker:
-        config = check_model("reranker", reranker, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    for name in ("dtype", "encoder_dtype"):
+        if globals()[name] not in ("float32", "float16", "bfloat16"):
+            fail(f"{name} is float32, float16 or bfloat16, not '{globals()[name]}'")
+    wanted = stages_wanted()
+    check_model("generator", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal language model")
+    if "index" in wanted:
+        check_model("splade", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "a masked language model")
+    if "rerank" in wanted and reranker:
+        config = check_model("reranker", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
                              "a cross-encoder (sequence classification)")
         if config.num_labels != 1:
             fail(f"reranker={reranker} gives {config.num_labels} scores for a document, not one")
-    if teacher != "gold" and not teacher_url:
-        check_model("teacher", teacher, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal language model")
+    if teacher_url and (teacher == "gold" or not re.match("https?://.", teacher_url)):
+        fail(f"teacher_url is like http://localhost:8000/v1, not '{teacher_url}'" if teacher != "gold"
+             else "--teacher=gold asks no server: leave out --teacher_url")
+    if "teacher" in wanted and teacher != "gold" and not teacher_url:
+        check_model("teacher", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal language model")
+
+
+def remove(path):
+    shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+
+
+def stages_wanted():
+    names = list(STAGES)[:1 + list(STAGES).index(last_stage)]
+    return [name for name in names if not (run and name == "index")]
 
 
 def begun(folder, files):
     return any(os.path.exists(f"{folder}/{name}") or any(Path(f"{folder}/{name}.parts").glob("*")) for name in files)
 
 
+def lock(folder):
+    """Holds data/NAME until this process ends, together with the others of this run: a second command, or what torchrun
+    leaves alive when it is killed, would write the same files."""
+    file = open(f"{folder}/.lock", "a")
+    if rank == 0:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another prepare.py is at work in {folder}")
+    barrier()
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
 def make_dataset(settings):
     global device
-    check_inputs()
     device = torch_device(device)
+    if rank == 0:
+        check_inputs()
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others wait while the first joins the parts
-        if device == "cuda":
+        if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     folder = f"data/{dataset}"
-    stages = {name: stage for name, stage in STAGES.items() if not (run and name == "index")}
-    path, manifest = f"{folder}/manifest.json", {}
-    if rank == 0:
-        os.makedirs(folder, exist_ok=True)
-        if os.path.exists(path):
-            with open(path) as f:
-                manifest = json.load(f)
-        manifest = start_manifest(folder, settings, stages, manifest)
-    if world > 1:
-        box = [manifest]
-        dist.broadcast_object_list(box)
-        manifest = box[0]
-    for name, (make, files, _, _) in stages.items():
-        entry = manifest["stages"][name]
-        if entry.get("complete") and all(os.path.exists(f"{folder}/{file}") for file in files):
-            if rank == 0:
-                print(f"{name}: there already")
-            continue
-        start = time.time()
-        counts = make(folder)
-        entry.update(complete=True, counts=counts, seconds=round(time.time() - start, 1))
+    os.makedirs(folder, exist_ok=True)
+    box = [None]
+    with lock(folder):
         if rank == 0:
-            save_manifest(path, manifest)
-            for file in files:
-                shutil.rmtree(f"{folder}/{file}.parts", ignore_errors=True)
-            print(f"{name}: " + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
-                  + f" ({entry['seconds']} s)")
-        barrier()
+            box = [start_manifest(folder, settings)]
+        if world > 1:
+            dist.broadcast_object_list(box)
+        manifest = box[0]
+        for name in stages_wanted():
+            make, files, _, _ = STAGES[name]
+            entry = manifest["stages"][name]
+            if entry.get("complete"):
+                if rank == 0:
+                    print(f"{name}: there already")
+                continue
+            start = time.time()
+            counts = make(folder)
+            made = dict(complete=True, counts=counts, seconds=round(time.time() - start, 1))
+            if rank == 0:
+                made["sha256"] = {file: file_sha256(f"{folder}/{file}") for file in files if file != "index"}
+                print(f"{name}: " + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
+                      + f" ({made['seconds']} s)")
+            box = [made]
+            if world > 1:
+                dist.broadcast_object_list(box)
+            # what was made of another result goes
+            if entry.get("sha256", box[0]["sha256"]) != box[0]["sha256"]:
+                after = later(name)
+                for other in after:
+                    manifest["stages"][other] = dict(settings=manifest["stages"][other]["settings"])
+            else:
+                after = []
+            entry.update(box[0])
+            if rank == 0:
+                replace_files(folder, after, manifest)
+                for file in files:
+                    remove(f"{folder}/{file}.parts")
+            barrier()
 
 
-def save_manifest(path, manifest):
-    with replacing(path) as f:
-        f.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+def later(name):
+    """The stages that use what stage `name` makes, directly or not."""
+    names = [name]
+    for other, (_, _, _, after) in STAGES.items():
+        if set(after.split()) & set(names):
+            names.append(other)
+    return names[1:]
 
 
-def start_manifest(folder, settings, stages, old):
+def start_manifest(folder, settings):
     """The manifest of this run, with the stages of the former one that can stay. Stops when something was made with
     other settings, unless overwrite; then that goes, and what was made of it."""
+    path, old = f"{folder}/manifest.json", {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            old = json.load(f)["stages"]
     contents = {name: file_sha256(globals()[name]) if globals()[name] else "" for name in ("corpus", "queries", "run")}
     manifest = dict(settings=settings, sha256=contents, stages={})
-    differences, stale = {}, []
-    for name, (_, _, depends, after) in stages.items():
+    differences, stale = {}, set()
+    for name, (_, files, depends, _) in STAGES.items():
         used = {key: contents.get(key, globals()[key]) for key in depends.split()}
-        entry = old.get("stages", {}).get(name, dict(settings=used))
+        entry = old.get(name, dict(settings=used))
+        if run and name == "index":
+            used = entry["settings"]  # not needed, but good still for a command without run
         differs = {key: entry["settings"].get(key) for key in used if entry["settings"].get(key) != used[key]}
-        if differs or set(after.split()) & set(stale):
-            stale.append(name)
-        differences.update(differs)
-        manifest["stages"][name] = dict(settings=used) if name in stale else entry
-    stale = [name for name in stale if begun(folder, stages[name][1])]
+        if differs:
+            stale |= {name, *later(name)}
+            if any(begun(folder, STAGES[other][1]) for other in [name, *later(name)]):
+                differences.update(differs)
+        if name in stale:
+            entry = {}
+        elif not all(os.path.exists(f"{folder}/{file}") for file in files):
+            entry.pop("complete", None)
+        manifest["stages"][name] = {**entry, "settings": used}
+    stale = [name for name in STAGES if name in stale and begun(folder, STAGES[name][1])]
     if stale and not overwrite:
         what = ", ".join(f"{key}: other contents" if key in contents else f"{key}={value}, now {globals()[key]}"
                          for key, value in differences.items())
         fail(f"{folder} was made with {what}: --overwrite=True makes anew {', '.join(stale)}, another --dataset keeps "
              "both")
-    for name in stale:
-        for file in stages[name][1]:
-            for end in ("", ".parts"):
-                target = Path(f"{folder}/{file}{end}")
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-    save_manifest(f"{folder}/manifest.json", manifest)
+    replace_files(folder, stale, manifest)
+    for name, (_, files, _, _) in STAGES.items():
+        if manifest["stages"][name].get("complete"):
+            for file in files:
+                remove(f"{folder}/{file}.parts")
     return manifest
+
+
+def replace_files(folder, stages, manifest):
+    """Writes the manifest and removes the files of stages that it no longer has. These are renamed first: a crash
+    leaves the former manifest with its files or without them, or the new one without them, never half of them."""
+    for file in (f"{folder}/{file}{end}" for name in stages for file in STAGES[name][1] for end in ("", ".parts")):
+        if os.path.exists(file):
+            remove(f"{file}.old")
+            os.rename(file, f"{file}.old")
+    with replacing(f"{folder}/manifest.json") as f:
+        f.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+    for old in Path(folder).glob("*.old"):
+        remove(old)
 
 
 # ---- the toy world: short passages about invented things, everything drawn afresh for every example
@@ -1172,5 +1310,5 @@ if __name__ == "__main__":
         logging.disable_progress_bar()
         try:
             make_dataset(settings)
-        except OSError as e:  # a full disk, a file that cannot be read, a model that cannot be found
+        except (OSError, SafetensorError) as e:  # a full disk, a file that cannot be read, damaged weights
             fail(f"{str(e).splitlines()[0]}; what is complete stays: the same command goes on from there")

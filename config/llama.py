@@ -1,6 +1,8 @@
 # The paper's OSCAR-llama: Llama-3.2-1B and two linear layers as compressor (Table 7).
 # In the paper it is pretrained first; here it is not.
 out_dir = "out/llama"
+train_data = "data/msmarco/train.jsonl"
+val_data = "data/msmarco/val.jsonl"
 generator = "mistralai/Mistral-7B-Instruct-v0.2"
 compressor_type = "modernbert"
 compressor_model = "meta-llama/Llama-3.2-1B-Instruct"

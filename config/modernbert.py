@@ -1,5 +1,7 @@
 # ModernBERT-base and two linear layers as compressor (paper, appendix J; learning rates as for the llama compressor).
 out_dir = "out/modernbert"
+train_data = "data/msmarco/train.jsonl"
+val_data = "data/msmarco/val.jsonl"
 generator = "mistralai/Mistral-7B-Instruct-v0.2"
 compressor_type = "modernbert"
 compressor_model = "answerdotai/ModernBERT-base"

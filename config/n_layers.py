@@ -1,6 +1,8 @@
 # The paper's main run, OSCAR with the first 8 layers of Mistral-7B as compressor (Table 7), on one 80 GB GPU.
-# train_data: in the paper MS MARCO's and PISCO's queries over Wikipedia, with Mistral's answers.
+# The data is what config/prepare_msmarco.py makes; the paper's has PISCO's queries too.
 out_dir = "out/n_layers"
+train_data = "data/msmarco/train.jsonl"
+val_data = "data/msmarco/val.jsonl"
 generator = "mistralai/Mistral-7B-Instruct-v0.2"
 compressor_type = "n_layers"
 num_layers = 8  # 5, 8 and 10 in the paper
