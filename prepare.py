@@ -1,5 +1,5 @@
 """
-Makes training data (paper, section 4): from a corpus and queries, by retrieval, reranking and a teacher's answers,
+Makes training data as the paper does: from a corpus and queries, by retrieval, reranking and a teacher's answers,
 
     python prepare.py config/prepare_msmarco.py
     python prepare.py --dataset=wiki --corpus=corpus.jsonl --queries=queries.jsonl --teacher=gold
@@ -132,12 +132,17 @@ def replacing(path):
         raise
 
 
-def barrier():
-    if world > 1:
-        try:
-            dist.barrier()
-        except RuntimeError:  # another process has failed, and has said why
-            sys.exit(1)
+def share(x=None):
+    """All processes wait for one another; returns the first one's x in each."""
+    if world == 1:
+        return x
+    box = [x]
+    try:
+        dist.broadcast_object_list(box)
+        dist.barrier()
+    except RuntimeError:  # another process has failed, and has said why
+        sys.exit(1)
+    return box[0]
 
 
 def part_size(n, most):
@@ -166,7 +171,7 @@ def make_parts(folder, parts, write, bar=None):
             bar.update(len(part))
     if bar is not None:
         bar.close()
-    barrier()
+    share()
     return n
 
 
@@ -177,7 +182,7 @@ def join_parts(path, n):
             for i in range(n):
                 with open(f"{path}.parts/{i:06d}", "rb") as part:
                     shutil.copyfileobj(part, f)
-    barrier()
+    share()
 
 
 def progress(what, **kwargs):
@@ -424,7 +429,7 @@ def make_queries(folder):
         if counts["duplicates"] or counts["cut"]:
             print(f"{queries}: {counts['duplicates']:,} duplicates dropped, {counts['cut']:,} queries longer than "
                   f"{query_tokens} tokens cut")
-    barrier()
+    share()
     return counts
 
 
@@ -508,11 +513,12 @@ def make_index(folder):
         matrix = model.encode([document_text(passages[i]) for i in numbers], batch_tokens)
         f.write(to_safetensors(inverted(*matrix, len(model.output.weight), numbers[0])))
 
-    n = make_parts(f"{folder}/index.parts", parts_of(range(len(passages)), part_size(len(passages), SHARD_PASSAGES)),
+    if not os.path.exists(f"{folder}/index"):  # or a crash came before the manifest knew of it
+        make_parts(f"{folder}/index.parts", parts_of(range(len(passages)), part_size(len(passages), SHARD_PASSAGES)),
                    write, progress("index", total=len(passages), unit=" passages"))
-    if rank == 0:
-        os.rename(f"{folder}/index.parts", f"{folder}/index")
-    return dict(shards=n, passages=len(passages))
+        if rank == 0:
+            os.rename(f"{folder}/index.parts", f"{folder}/index")
+    return dict(passages=len(passages))
 
 
 @numba.njit(parallel=True, cache=True)
@@ -620,7 +626,7 @@ def import_run(folder):
     """Checks a TREC run made elsewhere and writes it as ours: queries in the order of queries.jsonl, of each the top_k
     best (by score, equals as they stand; as trec_eval, it does not look at the ranks)."""
     if rank > 0:
-        barrier()
+        share()
         return {}
     asked, passages = load_queries(folder), Corpus(folder)
     position, given = {x["_id"]: i for i, x in enumerate(asked)}, None
@@ -664,7 +670,7 @@ def import_run(folder):
             if len(set(passage[best].tolist())) < len(best):
                 fail(f"{run}: a passage stands twice for the query '{x['_id']}'")
             f.write(run_lines(x["_id"], [passages[i]["_id"] for i in passage[best]], score[best], "given"))
-    barrier()
+    share()
     return count_run(folder, "run.retrieval.trec")
 
 
@@ -740,16 +746,15 @@ def make_answers(folder):
     parts = f"{folder}/teacher.jsonl.parts"
     os.makedirs(parts, exist_ok=True)
     done = read_answers(parts)
-    barrier()  # nobody appends before all have read
-    passages, cut = Corpus(folder), Prompt(AutoTokenizer.from_pretrained(generator)).cut
+    share()  # nobody appends before all have read
+    passages = Corpus(folder)
 
     def windows(bar):
-        """This process's (query id, query, its documents' text as the generator would read it), in lists."""
+        """This process's (query id, query, its documents' text), in lists."""
         size = part_size(len(asked), 512)
         for i, part in enumerate(parts_of(read_run(f"{folder}/run.rerank.trec"), size)):
             if i % world == rank:
-                yield [(id, asked[id]["text"], cut([document_text(x) for x in passages.of(hits)], doc_tokens))
-                       for id, hits in part]
+                yield [(id, asked[id]["text"], [document_text(x) for x in passages.of(hits)]) for id, hits in part]
             bar.update(len(part))
 
     path = f"{parts}/{rank:06d}"
@@ -774,12 +779,12 @@ def make_answers(folder):
     except OSError as e:
         name_file(e, path)
         raise
-    barrier()
+    share()
     answers = read_answers(parts) if rank == 0 else {}
     if rank == 0:
         with replacing(f"{folder}/teacher.jsonl") as f:
             f.writelines(to_line(answers[id]) for id in asked if id in answers)
-    barrier()
+    share()
     return dict(answers=len(answers), empty_answers=sum(not x["answer"] for x in answers.values()))
 
 
@@ -1026,7 +1031,7 @@ def lock(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another prepare.py is at work in {folder}")
-    barrier()
+    share()
     fcntl.flock(file, fcntl.LOCK_SH)
     return file
 
@@ -1042,13 +1047,8 @@ def make_dataset(settings):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     folder = f"data/{dataset}"
     os.makedirs(folder, exist_ok=True)
-    box = [None]
     with lock(folder):
-        if rank == 0:
-            box = [start_manifest(folder, settings)]
-        if world > 1:
-            dist.broadcast_object_list(box)
-        manifest = box[0]
+        manifest = share(start_manifest(folder, settings) if rank == 0 else None)
         for name in stages_wanted():
             make, files, _, _ = STAGES[name]
             entry = manifest["stages"][name]
@@ -1063,22 +1063,17 @@ def make_dataset(settings):
                 made["sha256"] = {file: file_sha256(f"{folder}/{file}") for file in files if file != "index"}
                 print(f"{name}: " + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
                       + f" ({made['seconds']} s)")
-            box = [made]
-            if world > 1:
-                dist.broadcast_object_list(box)
-            # what was made of another result goes
-            if entry.get("sha256", box[0]["sha256"]) != box[0]["sha256"]:
+            made, after = share(made), []
+            if entry.get("sha256", made["sha256"]) != made["sha256"]:  # what came of another result goes
                 after = later(name)
                 for other in after:
                     manifest["stages"][other] = dict(settings=manifest["stages"][other]["settings"])
-            else:
-                after = []
-            entry.update(box[0])
+            entry.update(made)
             if rank == 0:
                 replace_files(folder, after, manifest)
                 for file in files:
                     remove(f"{folder}/{file}.parts")
-            barrier()
+            share()
 
 
 def later(name):

@@ -495,11 +495,11 @@ def killed(folder, args, states):
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     seen = set()
     while process.poll() is None and len(seen) < states:
-        for path in Path(folder).rglob("*"):
-            try:
+        try:
+            for path in Path(folder).rglob("*"):
                 seen.add((str(path), path.stat().st_size))
-            except FileNotFoundError:
-                pass
+        except FileNotFoundError:  # it has gone while we looked
+            pass
         time.sleep(0.001)
     process.kill()
     process.wait()
