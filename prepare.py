@@ -526,14 +526,14 @@ def search_shard(q_pointers, q_words, q_weights, pointers, passages, weights, n,
     for q in numba.prange(len(q_pointers) - 1):
         dense = np.zeros(-(-n // 64) * 64, np.float32)  # the query's scores of the shard's n passages
         for j in range(q_pointers[q], q_pointers[q + 1]):
-            start, end = pointers[q_words[j]], pointers[q_words[j] + 1]
+            start, end, weight = pointers[q_words[j]], pointers[q_words[j] + 1], q_weights[j]
             these, their_weights = passages[start:end], weights[start:end]
             for i in range(end - start):
-                dense[these[i]] += q_weights[j] * their_weights[i]
+                dense[these[i]] += weight * their_weights[i]
         for block in range(0, n, 64):
-            better = False
+            better, least = False, scores[q, -1]
             for p in range(block, block + 64):  # without a branch, so that 16 are compared at a time
-                better |= dense[p] > scores[q, -1]
+                better |= dense[p] > least
             for p in range(block, block + 64 if better else block):
                 if dense[p] > scores[q, -1]:
                     i = scores.shape[1] - 1

@@ -666,6 +666,45 @@ def test_a_disk_full_of_answers(settings, server, whole, tmp_path):
     assert 5 < len(server.asked) < 16
 
 
+# ---- real models on real data
+
+
+@pytest.mark.slow
+def test_real_passages_are_found(tmp_path):
+    """SMALL_MODELS: a folder made by ../shared/tools/small_models.py, which needs the package index."""
+    models, wiki = os.environ.get("SMALL_MODELS"), ROOT.parent / "shared" / "data" / "wiki"
+    if not models or not wiki.exists():
+        pytest.skip("needs SMALL_MODELS=FOLDER and ../shared/data/wiki")
+    settings = dict(dataset="x", corpus=wiki / "corpus.jsonl", queries=wiki / "queries.dev.jsonl", splade=f"{models}/splade_tiny",
+                    reranker="", generator=f"{models}/smollm2", teacher="gold", device="cpu")
+    done = run(tmp_path, command(settings))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "data" / "x"
+    hits = dict(read_run(folder / "run.retrieval.trec"))
+    gold = [row.split("\t") for row in (wiki / "qrels" / "dev.tsv").read_text().splitlines()[1:]]
+    found = {k: np.mean([any(p.split("#")[0] == passage for p, _ in hits[query][:k]) for query, passage, _ in gold]) for k in (1, 5)}
+    print(found)
+    assert found[5] >= 0.97
+    # nothing that a chunk says is cut away when the model reads it
+    tokenizer = AutoTokenizer.from_pretrained(f"{models}/smollm2")
+    corpus = load(folder / "corpus.jsonl")
+    assert max(len(ids) for ids in tokenizer([document_text(c) for c in corpus]).input_ids) == 128
+    # the ten best are those of a dense product
+    model = SparseEncoder(modules=[Transformer(f"{models}/splade_tiny", transformer_task="fill-mask"), SpladePooling("max")], device="cpu")
+    passages = model.encode([document_text(c) for c in corpus], convert_to_sparse_tensor=False).numpy()
+    queries = load(folder / "queries.jsonl")[::8]
+    dense = model.encode([q["text"] for q in queries], convert_to_sparse_tensor=False).numpy() @ passages.T
+    for q, scores in zip(queries, dense):
+        best = np.argsort(-scores, kind="stable")[:10]
+        if [corpus[i]["_id"] for i in best] != [p for p, _ in hits[q["_id"]][:10]]:  # but for what rounding may swap
+            assert np.allclose([s for _, s in hits[q["_id"]][:10]], scores[best], atol=1e-4)
+    # its run, read in place of retrieval
+    done = run(tmp_path, command(settings, dataset="y", run=folder / "run.retrieval.trec"))
+    assert done.returncode == 0, done.stderr
+    for name in ("train.jsonl", "val.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / "data" / "y" / name).read_bytes()
+
+
 # ---- bad input
 
 
