@@ -547,7 +547,7 @@ def test_answers_torn_by_a_crash(settings, whole, tmp_path, monkeypatch):
     (folder / "teacher.jsonl.parts").mkdir()
     # answers that the teacher would not give, to see that they are kept; of more processes than now
     kept = {json.loads(line)["_id"]: f"kept {i}" for i, line in enumerate(lines[:7])}
-    for name, rows in (("000000", list(kept.items())[:4]), ("000003", list(kept.items())[4:])):
+    for name, rows in (("000003", list(kept.items())[:4]), ("000000", list(kept.items())[4:])):
         write(folder / "teacher.jsonl.parts" / name, b"".join(prepare.to_line(dict(_id=i, model=settings["teacher"], answer=a)) for i, a in rows) + lines[9][:-9])
     make(tmp_path, monkeypatch, settings)
     want = [json.loads(line) for line in lines]
@@ -618,6 +618,13 @@ def crashing(calls, at, real, *args):
     if calls[0] == at:
         raise KeyboardInterrupt
     return real(*args)
+
+
+def test_a_crash_before_parts_are_removed(settings, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "data" / "x")
+    (tmp_path / "data" / "x" / "corpus.jsonl.parts").mkdir()
+    write(tmp_path / "data" / "x" / "corpus.jsonl.parts" / "000000", "what was left")
+    same(make(tmp_path, monkeypatch, settings), whole)
 
 
 def test_two_at_once(settings, whole, tmp_path):
