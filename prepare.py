@@ -222,8 +222,8 @@ def records(path, bar=None):
             columns = line.split("\t")
             if len(columns) < 2:
                 fail(f"{where}: no tab: a .tsv file holds id, text on a line")
-            if number == 1 and columns[:2] == ["id", "text"]:
-                continue  # DPR's Wikipedia has a header
+            if number == 1 and columns[1].strip().lower() in ("text", "passage", "query", "question"):
+                continue  # a header, such as DPR's Wikipedia has
             x = dict(zip(("_id", "text", "title"), columns))
         else:
             try:
@@ -631,32 +631,32 @@ def import_run(folder):
     asked, passages = load_queries(folder), Corpus(folder)
     position, given = {x["_id"]: i for i, x in enumerate(asked)}, None
     query, passage, score = array("i"), array("q"), array("d")
-    bar = progress("run", total=os.path.getsize(run), unit="B", unit_scale=True)
-    for part in parts_of(lines(run, bar), 65536):
-        rows = []
-        for number, line in part:
-            columns = line.split()
-            try:
-                rows.append((columns[0], columns[2], float(columns[4])))
-                good = len(columns) == 6 and np.isfinite(rows[-1][2])
-            except (IndexError, ValueError):
-                good = False
-            if not good:
-                fail(f"{run}, line {number}: not the six columns of a TREC run: query Q0 passage rank score tag")
-        numbers = passages.numbers([row[1] for row in rows])
-        for (line_number, _), (query_id, passage_id, s), number in zip(part, rows, numbers.tolist()):
-            if number < 0:
-                fail(f"{run}, line {line_number}: no passage '{passage_id}' in {folder}/corpus.jsonl, whose ids look "
-                     f"like '{passages[0]['_id']}'")
-            if query_id in position:
-                query.append(position[query_id])
-                passage.append(number)
-                score.append(s)
-            else:  # fine when it was dropped as a duplicate or by max_queries
-                given = given or {x["_id"] for _, x in read_queries(queries)}
-                if query_id not in given:
-                    fail(f"{run}, line {line_number}: no query '{query_id}' in {queries}")
-    bar.close()
+    with progress("run", total=os.path.getsize(run), unit="B", unit_scale=True) as bar:
+        for part in parts_of(lines(run, bar), 65536):
+            rows = []
+            for number, line in part:
+                columns = line.split()
+                try:
+                    rows.append((columns[0], columns[2], float(columns[4])))
+                    good = len(columns) == 6 and np.isfinite(rows[-1][2])
+                except (IndexError, ValueError):
+                    good = False
+                if not good:
+                    fail(f"{run}, line {number}: not a line of a TREC run: query Q0 passage rank score tag, with a "
+                         "number as score")
+            numbers = passages.numbers([row[1] for row in rows])
+            for (line_number, _), (query_id, passage_id, s), number in zip(part, rows, numbers.tolist()):
+                if number < 0:
+                    fail(f"{run}, line {line_number}: no passage '{passage_id}' in {folder}/corpus.jsonl, whose ids "
+                         f"look like '{passages[0]['_id']}'")
+                if query_id in position:
+                    query.append(position[query_id])
+                    passage.append(number)
+                    score.append(s)
+                else:  # fine when it was dropped as a duplicate or by max_queries
+                    given = given or {x["_id"] for _, x in read_queries(queries)}
+                    if query_id not in given:
+                        fail(f"{run}, line {line_number}: no query '{query_id}' in {queries}")
     query, passage, score = np.array(query), np.array(passage), np.array(score)
     order = np.lexsort((-score, query))  # stable
     bounds = np.searchsorted(query[order], np.arange(len(asked) + 1))
@@ -749,17 +749,17 @@ def make_answers(folder):
     share()  # nobody appends before all have read
     passages = Corpus(folder)
 
-    def windows(bar):
+    def windows():
         """This process's (query id, query, its documents' text), in lists."""
         size = part_size(len(asked), 512)
         for i, part in enumerate(parts_of(read_run(f"{folder}/run.rerank.trec"), size)):
             if i % world == rank:
                 yield [(id, asked[id]["text"], [document_text(x) for x in passages.of(hits)]) for id, hits in part]
-            bar.update(len(part))
 
     path = f"{parts}/{rank:06d}"
     try:
-        with open(path, "ab") as f, progress("teacher", total=len(asked), unit=" queries") as bar:
+        with open(path, "ab") as f, progress("teacher", total=-(-len(asked) // world), initial=len(done) // world,
+                                             unit=" queries") as bar:
             if f.tell():
                 f.write(b"\n")  # ends a line that a crash has torn
 
@@ -767,15 +767,16 @@ def make_answers(folder):
                 new = [dict(_id=id, model=model, answer=answer) for id, answer in answers.items() if id not in done]
                 f.write(b"".join(map(to_line, new)))
                 f.flush()
+                bar.update(len(new))
 
             if teacher == "gold":
-                for window in windows(bar):
+                for window in windows():
                     golds = {id: asked[id]["metadata"]["answers"] for id, _, _ in window}
                     record({id: answers[0] for id, answers in golds.items() if answers})
             elif teacher_url:
-                ask_server(windows(bar), done, record)
+                ask_server(windows(), done, record)
             else:
-                ask_model(windows(bar), done, record)
+                ask_model(windows(), done, record)
     except OSError as e:
         name_file(e, path)
         raise
@@ -984,6 +985,8 @@ def check_inputs():
             fail(f"{name}: {globals()[name]} does not exist")
         if globals()[name] and os.path.getsize(globals()[name]) == 0:
             fail(f"{name}: {globals()[name]} is empty")
+        if globals()[name].removesuffix(".gz").endswith((".csv", ".parquet")):
+            fail(f"{name}: {globals()[name]} is neither JSON Lines (.jsonl) nor a .tsv")
     if last_stage not in STAGES:
         fail(f"last_stage is one of {', '.join(STAGES)}, not '{last_stage}'")
     if val_fraction >= 1:
@@ -1112,7 +1115,8 @@ def start_manifest(folder, settings):
         manifest["stages"][name] = {**entry, "settings": used}
     stale = [name for name in STAGES if name in stale and begun(folder, STAGES[name][1])]
     if stale and not overwrite:
-        what = ", ".join(f"{key}: other contents" if key in contents else f"{key}={value}, now {globals()[key]}"
+        what = ", ".join(f"{key}: other contents than now {globals()[key]}" if key in contents
+                         else f"{key}={value}, now {globals()[key]}"
                          for key, value in differences.items())
         fail(f"{folder} was made with {what}: --overwrite=True makes anew {', '.join(stale)}, another --dataset keeps "
              "both")
@@ -1298,6 +1302,8 @@ def make_toy():
 
 if __name__ == "__main__":
     if dataset == "toy":
+        if corpus or queries or run:
+            fail("dataset 'toy' takes no corpus, queries or run: --dataset=NAME names what is made of yours")
         at_least(globals(), seed=0, llm_steps=1, train_examples=1, val_examples=1, test_examples=1)
         make_toy()
     else:
@@ -1307,3 +1313,5 @@ if __name__ == "__main__":
             make_dataset(settings)
         except (OSError, SafetensorError) as e:  # a full disk, a file that cannot be read, damaged weights
             fail(f"{str(e).splitlines()[0]}; what is complete stays: the same command goes on from there")
+        except KeyboardInterrupt:
+            fail("interrupted: the same command goes on from there")

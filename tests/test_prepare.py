@@ -164,6 +164,7 @@ def test_query_formats(tmp_path):
     assert read("q.txt", "\ufeffwhat is it\n\nwho\tis\n") == [("1", "what is it", []), ("3", "who\tis", [])]
     assert read("q.jsonl", '{"_id": 3, "text": "é", "metadata": {"answers": ["a"]}}\n{"_id": "4", "text": "b", "metadata": []}\n'
                 ) == [("3", "é", ["a"]), ("4", "b", [])]
+    assert read("h.tsv", "qid\tquery\n7\twho\n") == [("7", "who", [])]
     assert read("q.tsv.gz", gzip.compress(b"1\twho\n")) == [("1", "who", [])]
 
 
@@ -353,9 +354,9 @@ def test_a_run_in_place_of_retrieval(settings, whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change,says", [
-    (lambda rows: [*rows, "q1 Q0 d1#0 3 0.5\n"], "line 201: not the six columns of a TREC run"),
-    (lambda rows: [*rows, "q1 Q0 d1#0 3 high x\n"], "line 201: not the six columns of a TREC run"),
-    (lambda rows: [*rows, "q1 Q0 d1#0 3 nan x\n"], "line 201: not the six columns of a TREC run"),
+    (lambda rows: [*rows, "q1 Q0 d1#0 3 0.5\n"], "line 201: not a line of a TREC run"),
+    (lambda rows: [*rows, "q1 Q0 d1#0 3 high x\n"], "line 201: not a line of a TREC run"),
+    (lambda rows: [*rows, "q1 Q0 d1#0 3 nan x\n"], "line 201: not a line of a TREC run"),
     (lambda rows: [*rows, "q1 Q0 d1 3 0.5 x\n"], "line 201: no passage 'd1' in data/x/corpus.jsonl, whose ids look like 'd0#0'"),
     (lambda rows: ["q99 Q0 d1#0 3 0.5 x\n", *rows], "line 1: no query 'q99' in"),
     (lambda rows: rows[10:], "no line for the query 'q0'"),
@@ -566,7 +567,7 @@ def test_other_settings_stop_or_overwrite(settings, whole, tmp_path, monkeypatch
     assert "--overwrite=True makes anew rerank, teacher, train" in says
     other = jsonl(tmp_path / "other.jsonl", load(settings["queries"])[:15])
     says = wrong(capfd, tmp_path, monkeypatch, settings, queries=other)
-    assert "queries: other contents" in says and "makes anew queries, retrieval, rerank, teacher, train" in says
+    assert "queries: other contents than now" in says and "makes anew queries, retrieval, rerank, teacher, train" in says
     assert before == {name: (folder / name).stat().st_mtime_ns for name in FILES}
     make(tmp_path, monkeypatch, settings, num_documents=2, overwrite=True)
     after = {name: (folder / name).stat().st_mtime_ns for name in FILES}
@@ -574,7 +575,7 @@ def test_other_settings_stop_or_overwrite(settings, whole, tmp_path, monkeypatch
     assert all(len(x["documents"]) == 2 for x in load(folder / "train.jsonl"))
     assert not list(folder.glob("*.old"))
     # a copy elsewhere of the same input is the same input
-    make(tmp_path, monkeypatch, settings, num_documents=2, corpus=shutil.copy(settings["corpus"], tmp_path / "copy.jsonl"))
+    make(tmp_path, monkeypatch, settings, num_documents=2, corpus=str(shutil.copy(settings["corpus"], tmp_path / "copy.jsonl")))
 
 
 def test_a_file_that_was_removed_is_made_anew_and_what_depends_on_it(settings, whole, server, tmp_path, monkeypatch, capfd):
@@ -739,6 +740,7 @@ def test_real_passages_are_found(tmp_path):
     ("queries.jsonl", '{"_id": "1", "text": "a", "metadata": {"answers": "b"}}\n', "queries.jsonl, line 1: metadata.answers is not a list"),
     ("queries.jsonl", '{"_id": "1", "text": "a"}\n{"_id": "1", "text": "b"}\n', "queries.jsonl, line 2: the _id '1' stands already in line 1"),
     ("queries.tsv", "1\n", "queries.tsv, line 1: no tab"),
+    ("queries.csv", "1,who\n", "queries.csv is neither JSON Lines"), ("corpus.csv", "1,who\n", "corpus.csv is neither JSON Lines"),
     ("queries.txt", "[\n", "queries.txt looks like JSON"),
     ("queries.txt", b"who\n\xff\xfew\n", "queries.txt, line 2: not UTF-8")])
 def test_bad_files(settings, tmp_path, monkeypatch, capfd, name, text, says):
@@ -802,6 +804,8 @@ def test_no_gold_answers(settings, tmp_path, monkeypatch, capfd):
 
 
 def test_unreadable_files_on_the_command_line(settings, tmp_path):
+    done = run(tmp_path, command(settings, dataset="toy"))
+    assert done.returncode == 1 and "dataset 'toy' takes no corpus, queries or run" in done.stderr and not (tmp_path / "data").exists()
     done = run(tmp_path, command(settings, corpus=tmp_path))
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].endswith("does not exist")
     (tmp_path / "data").write_text("a file where a folder should be")
