@@ -287,6 +287,7 @@ def run_lines(query, passages, scores, tag):
     """Lines of a TREC run: query, Q0, passage, rank, score, tag."""
     return b"".join(f"{query} Q0 {p} {i} {s:.6f} {tag}\n".encode() for i, (p, s) in enumerate(zip(passages, scores), 1))
 
+
 # ---- 1. the corpus, in chunks
 
 
