@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
 
 
-def left_pad(rows):
+def left_pad(rows, width=1):
     """Lists of token ids -> ids and mask (True = real), both (len(rows), longest), padded on the left with id 0
-    (any id would do: padding is masked out)."""
-    width = max(1, max(len(row) for row in rows))
+    (any id would do: padding is masked out). width: the least length."""
+    width = max(width, max(len(row) for row in rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(width) >= width - lengths[:, None]
@@ -116,13 +116,14 @@ class NLayersCompressor(Compressor):
             raise ValueError(f"query, document and memory tokens ({self.longest}) are longer than the attention window "
                              f"of {generator} ({window}): lower doc_tokens or query_tokens")
 
-    def tokenize(self, queries, documents, k):
+    def tokenize(self, queries, documents, k, fixed=False):
         """B queries, B lists of at most k document texts -> the tensors that forward() takes. A document that is
-        missing is a block of padding."""
-        queries = self.tokens(queries, self.query_tokens)
-        query_ids, query_mask = left_pad([self.start + q + self.between for q in queries])
+        missing is a block of padding. fixed: every batch has the same, the largest, shape."""
+        rows = [self.start + q + self.between for q in self.tokens(queries, self.query_tokens)]
+        query_ids, query_mask = left_pad(rows, len(self.start + self.between) + self.query_tokens if fixed else 1)
         texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
-        doc_ids, doc_mask = left_pad([d + self.end for d in self.tokens(texts, self.doc_tokens)])
+        rows = [d + self.end for d in self.tokens(texts, self.doc_tokens)]
+        doc_ids, doc_mask = left_pad(rows, self.doc_tokens + len(self.end) if fixed else 1)
         B = len(queries)
         return dict(query_ids=query_ids, query_mask=query_mask,  # (B, Q)
                     doc_ids=doc_ids.view(B, k, -1), doc_mask=doc_mask.view(B, k, -1))  # (B, k, D)
@@ -137,8 +138,8 @@ class NLayersCompressor(Compressor):
         x = torch.cat([embed(query_ids), blocks.flatten(1, 2)], dim=1)  # (B, T, d), T = Q + k * S
 
         real = F.pad(doc_mask, (0, len(learned)), value=True)  # (B, k, S)
-        query_positions = query_mask.cumsum(1) - 1  # (B, Q)
-        positions = query_positions[:, -1:, None] + real.cumsum(2)  # restart after the query in every block
+        query_positions = query_mask.long().cumsum(1) - 1  # (B, Q)
+        positions = query_positions[:, -1:, None] + real.long().cumsum(2)  # restart after the query in every block
         positions = torch.cat([query_positions, positions.flatten(1)], dim=1).clamp(min=0)  # (B, T)
 
         i = torch.arange(Q + k * S, device=x.device)
@@ -174,13 +175,14 @@ class ModernBERTCompressor(Compressor):
         self.projection = nn.Sequential(nn.Linear(backbone.config.hidden_size, projection_hidden), nn.ReLU(),
                                         nn.Linear(projection_hidden, generator_hidden))
 
-    def tokenize(self, queries, documents, k):
+    def tokenize(self, queries, documents, k, fixed=False):
         """B queries, B lists of at most k document texts -> the tensors that forward() takes. A document that is
-        missing is read as an empty one."""
+        missing is read as an empty one. fixed: every batch has the same, the largest, shape."""
         texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
         docs = self.tokens(texts, self.doc_tokens)
         rows = [self.start + q + self.between for q in self.tokens(queries, self.query_tokens) for _ in range(k)]
-        ids, mask = left_pad([q + d + self.end for q, d in zip(rows, docs)])
+        rows = [q + d + self.end for q, d in zip(rows, docs)]
+        ids, mask = left_pad(rows, self.longest - self.num_memory_tokens - self.enable_reranking if fixed else 1)
         B = len(queries)
         return dict(ids=ids.view(B, k, -1), mask=mask.view(B, k, -1))  # (B, k, T)
 
@@ -190,7 +192,7 @@ class ModernBERTCompressor(Compressor):
         learned = self.learned_tokens()
         x = torch.cat([self.backbone.get_input_embeddings()(ids), learned.expand(B, k, -1, -1)], dim=2).flatten(0, 1)
         mask = F.pad(mask, (0, len(learned)), value=True).flatten(0, 1)  # (B * k, T + l [+ 1])
-        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.first_position
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0) + self.first_position
         h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions)
         h = h.last_hidden_state[:, T:].unflatten(0, (B, k))  # (B, k, l [+ 1], hidden)
         return self.projection(h[:, :, :self.num_memory_tokens]), self.scores(h)

@@ -80,8 +80,11 @@ def torch_device(name):
     """The torch name of a device setting (gpu is cuda). Exits with one line when there is no such device here."""
     name = {"gpu": "cuda"}.get(name, name)
     kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        fail(f"device is cpu, cuda (gpu) or mps, not '{name}'")
+    if kind not in ("cpu", "cuda", "mps", "neuron"):
+        fail(f"device is cpu, cuda (gpu), mps, neuron or, for train.py, trainium or xla, not '{name}'")
     if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
         fail(f"device is {name}, but torch finds none")
+    if kind == "neuron" and not (hasattr(torch, "neuron") and torch.neuron.is_available()):
+        fail("device is neuron, but torch finds none: that takes a Trn2 or Trn3 instance and TorchNeuron, which is "
+             "torch-neuronx 2.13 or later (README, AWS Trainium); on Trn1 --device=trainium")
     return name

@@ -1,5 +1,5 @@
 """
-Training examples on disk, and the scores of answers.
+Training examples on disk, checksums, and the scores of answers.
 
 An example is one JSON object: {"query": str, "documents": [str or {"title", "text"}, ...], "answer": str,
 "reranking_scores": [float, ...]?, "answers": [gold str, ...]?}; a file is JSON Lines or one JSON list.
@@ -14,6 +14,15 @@ import re
 import string
 from array import array
 from collections import Counter
+from hashlib import sha256
+
+
+def file_sha256(path):
+    digest = sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_document(d):

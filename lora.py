@@ -39,10 +39,10 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.merged or not self.enabled:
             return y
-        h = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        # one kernel multiplies by B, scales and adds: B A x never exists as a tensor of its own
-        B = self.lora_B.to(h.dtype).T
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B, alpha=self.scaling).view_as(y)
+        h = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        # one kernel multiplies by B and adds: B A x never exists as a tensor of its own. (It could scale as well, but
+        # on XLA an addmm that scales runs on the CPU.)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.lora_B.to(h.dtype).T).view_as(y)
 
     def delta(self):
         """The update as a matrix in the base weight's layout."""
@@ -98,13 +98,13 @@ def adapter_off(model):
             m.enabled = True
 
 
-def save_lora(model, folder, base_model):
-    """Writes the adapter in PEFT's format. `base_model`: the name or folder of the model it belongs to."""
+def save_lora(model, folder, base_model, tensors=None):
+    """Writes the adapter in PEFT's format. `base_model`: the name or folder of the model it belongs to. `tensors`: the
+    parameters by their names in `model`, where it holds but a part of each itself (FSDP2)."""
+    tensors = tensors or dict(model.named_parameters())
     adapted = layers(model)
-    tensors = {}
-    for name, m in adapted:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = m.lora_A.detach().cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = m.lora_B.detach().cpu()
+    tensors = {f"base_model.model.{name}.{part}.weight": tensors[f"{name}.{part}"].detach().cpu()
+               for name, _ in adapted for part in ("lora_A", "lora_B")}
     m = adapted[0][1]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "bias": "none",

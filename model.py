@@ -11,6 +11,7 @@ import json
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from inspect import signature
 
@@ -18,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, left_pad
 from lora import adapter_off, apply_lora, load_lora, load_tensors, save_lora
@@ -161,8 +164,15 @@ class ScaleDown(nn.Module):
             raise ValueError(f"compressor_type is n_layers or modernbert, not '{c.compressor_type}'")
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, hidden))  # stands between two documents
         self.register_buffer("before_ids", torch.tensor(self.prompt.ids(self.prompt.before)), persistent=False)
+        self.tail_tokens = len(self.prompt.ids(self.prompt.between + self.prompt.after))
         eos = self.generator.generation_config.eos_token_id
         self.stop_ids = [self.prompt.end_id] + (eos if isinstance(eos, list) else [] if eos is None else [eos])
+        count = lambda module: sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, Conv1D)))
+        self.head_weights = self.generator.get_output_embeddings().weight.numel()
+        self.frozen_weights = count(self.generator) - self.head_weights
+        self.lora_weights = sum(p.numel() for p in self.generator.parameters() if p.requires_grad)
+        self.compressor_weights = count(self.compressor.backbone)
+        self.memory_weights = count(self.compressor) - self.compressor_weights  # read memory tokens only
 
     @property
     def device(self):
@@ -170,10 +180,11 @@ class ScaleDown(nn.Module):
 
     # ---- text -> tensors
 
-    def collate(self, examples, num_documents=None):
+    def collate(self, examples, num_documents=None, fixed=False):
         """Examples (see data.py) -> a batch of CPU tensors for forward(). k is num_documents (further documents are
         left out, missing ones masked), or else the largest number of documents there is. Without answers: a prompt to
-        generate from. Raises ValueError for an empty query or a query without documents."""
+        generate from. fixed: every batch of B has the same, the largest, shape (XLA compiles each shape anew). Raises
+        ValueError for an empty query, a query without documents and more positions than the generator has."""
         documents = [[document_text(d) for d in x["documents"]][:num_documents] for x in examples]
         for x, docs in zip(examples, documents):
             if not x["query"].strip():
@@ -183,16 +194,19 @@ class ScaleDown(nn.Module):
         k = num_documents or max(len(docs) for docs in documents)
         queries = [x["query"].strip() for x in examples]
         present = torch.arange(k) < torch.tensor([len(docs) for docs in documents])[:, None]  # (B, k)
-        batch = dict(compressor=self.compressor.tokenize(queries, documents, k), present=present)
+        batch = dict(compressor=self.compressor.tokenize(queries, documents, k, fixed), present=present)
         queries = self.prompt.cut(queries, self.config.query_tokens)
-        # behind any letter, as it would stand behind a document's text
+        # `between query after [answer]`, behind any letter, as it would stand behind a document's text
         tails = self.prompt.ids_behind("x", [self.prompt.between + q + self.prompt.after for q in queries])
         if "answer" in examples[0]:
             answers = self.prompt.answer_ids([x["answer"] for x in examples], self.config.answer_tokens)
             tails = [t + a for t, a in zip(tails, answers)]
-            ids, mask = left_pad(answers)
+            ids, mask = left_pad(answers, self.config.answer_tokens if fixed else 1)
             batch["labels"] = ids.masked_fill(~mask, -100)  # (B, A)
-        batch["tail_ids"], batch["tail_mask"] = left_pad(tails)  # (B, T): `between query after [answer]`
+        longest = self.tail_tokens + self.config.query_tokens + self.config.answer_tokens
+        batch["tail_ids"], batch["tail_mask"] = left_pad(tails, longest if fixed else 1)  # (B, T)
+        self.check_length(len(self.before_ids) + k * (self.config.num_memory_tokens + 1) - 1
+                          + batch["tail_ids"].shape[1])
         if self.config.enable_reranking and "reranking_scores" in examples[0]:
             batch["scores"] = torch.tensor([(x["reranking_scores"][:k] + [0.0] * k)[:k] for x in examples])  # (B, k)
         return batch
@@ -220,16 +234,16 @@ class ScaleDown(nn.Module):
         rerank_lambda * the sum over documents of (score - teacher's score)^2, its mean over queries.
 
         num_answer_tokens, num_queries: what to divide the sums by, where the batch is a part of a larger one (gradient
-        accumulation); the batch's own counts by default.
+        accumulation, several processes); the batch's own counts by default.
         Returns loss, {"generation": .., "reranking": ..} (the second only when reranking, before lambda).
         """
         labels = batch["labels"]  # (B, A), -100 = padding
         memory, scores = self.compressor(**batch["compressor"])
         x, mask = self.prompt_embeddings(memory, batch)
-        self.check_length(x.shape[1])
         # the answer stands at the last A positions; each token is predicted from the position before it
-        logits = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                                use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        logits = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False,
+                                logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         loss = loss / ((labels != -100).sum() if num_answer_tokens is None else num_answer_tokens)
         parts = {"generation": loss.detach()}
@@ -308,7 +322,7 @@ class ScaleDown(nn.Module):
         """Prompt embeddings x (B, P, d) and mask (B, P) -> B answers, token by token with a key-value cache."""
         self.check_length(x.shape[1] + max_new_tokens)
         embed = self.generator.get_input_embeddings()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         # transformers renamed past_key_values to cache in 5.24
         name = "cache" if "cache" in signature(self.generator.forward).parameters else "past_key_values"
         cache, tokens = None, []
@@ -346,27 +360,61 @@ class ScaleDown(nn.Module):
 
     # ---- training, checkpoints
 
-    def configure_optimizers(self, generator_lr, compressor_lr, weight_decay, betas, fused=False):
+    def count(self, batch):
+        """Answer tokens, all tokens and FLOPs of a training step on a batch from collate(), padding left out. A token
+        costs 6 FLOPs for each trained weight of a matrix product that it meets and 4 for each frozen one, which needs
+        no gradient of its own (PaLM, arXiv 2204.02311, appendix B, counts 6 for all); attention's own products and
+        what gradient checkpointing computes again are left out."""
+        answer, documents = (batch["labels"] != -100).sum().item(), batch["present"].sum().item()
+        l, B = self.config.num_memory_tokens, len(batch["labels"])
+        masks = [t for name, t in batch["compressor"].items() if name.endswith("mask")]  # (B, T) or (B, k, T)
+        compressor = sum((t & batch["present"][..., None] if t.dim() == 3 else t).sum().item() for t in masks)
+        compressor += documents * (l + self.config.enable_reranking)
+        generator = B * (len(self.before_ids) - 1) + documents * (l + 1) + batch["tail_mask"].sum().item()
+        flops = (6 * compressor * self.compressor_weights + 6 * documents * l * self.memory_weights
+                 + generator * (4 * self.frozen_weights + 6 * self.lora_weights) + 4 * answer * self.head_weights)
+        return answer, compressor + generator, flops
+
+    def shard(self, mesh):
+        """FSDP2: spreads all parameters over the devices of a mesh and moves them there. Every layer is gathered when
+        it is used and let go behind it (with gradient checkpointing; without, autocast's bfloat16 copies of trained
+        weights stay until the backward pass); what is no layer (embeddings, head, projection) is gathered for the
+        whole pass."""
+        for backbone in (self.generator, self.compressor.backbone):
+            for module in backbone.modules():
+                if isinstance(module, nn.ModuleList) and len(module) == backbone.config.num_hidden_layers:
+                    for layer in module:
+                        fully_shard(layer, mesh=mesh)
+        fully_shard(self, mesh=mesh, reshard_after_forward=True)
+        register_fsdp_forward_method(self, "generate")
+
+    def configure_optimizers(self, generator_lr, compressor_lr, weight_decay, betas, **kwargs):
         """AdamW with a learning rate for the LoRA and one for the compressor (its memory tokens and SEP with it).
-        Weight decay on matrices only."""
+        Weight decay on matrices only. kwargs: AdamW's own."""
         groups = []
         for lr, parameters in ((generator_lr, self.generator.parameters()),
                                (compressor_lr, [*self.compressor.parameters(), self.sep])):
             parameters = [p for p in parameters if p.requires_grad]
             groups.append(dict(params=[p for p in parameters if p.dim() >= 2], lr=lr, weight_decay=weight_decay))
             groups.append(dict(params=[p for p in parameters if p.dim() < 2], lr=lr, weight_decay=0.0))
-        return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=fused)
+        return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, **kwargs)
 
-    def enable_gradient_checkpointing(self):
-        """Recompute activations in the backward pass: less memory, about a third more time."""
+    def enable_gradient_checkpointing(self, checkpoint=None):
+        """Recompute activations in the backward pass: less memory, about a third more time. checkpoint: torch's own
+        function by default; PyTorch/XLA has another."""
+        checkpoint = checkpoint or partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         for backbone in (self.generator, self.compressor.backbone):
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+            backbone._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 
-    def save(self, out_dir):
-        """Writes config.json, compressor.safetensors and the LoRA in PEFT's format; not the frozen generator."""
-        save_lora(self.generator, out_dir, self.config.generator)
-        tensors = {f"compressor.{name}": t for name, t in self.compressor.state_dict().items()}
-        save_file({**tensors, "sep": self.sep.detach()}, os.path.join(out_dir, "compressor.safetensors"))
+    def save(self, out_dir, tensors=None):
+        """Writes config.json, compressor.safetensors and the LoRA in PEFT's format; not the frozen generator. tensors:
+        what is trained, by name, where the model holds but a part of it itself (FSDP2)."""
+        tensors = tensors or dict(self.named_parameters())
+        tensors = {name: tensors[name] for name, p in self.named_parameters() if p.requires_grad}  # no buffers
+        adapter = {name.removeprefix("generator."): t for name, t in tensors.items() if name.startswith("generator.")}
+        save_lora(self.generator, out_dir, self.config.generator, adapter)
+        tensors = {name: t.detach().cpu() for name, t in tensors.items() if not name.startswith("generator.")}
+        save_file(tensors, os.path.join(out_dir, "compressor.safetensors"))
         with open(os.path.join(out_dir, "config.json"), "w") as f:
             json.dump({**asdict(self.config), "generator_identity": self.generator_identity}, f, indent=2)
 
@@ -377,7 +425,7 @@ class ScaleDown(nn.Module):
         if saved["generator_identity"] != self.generator_identity:
             raise ValueError(f"the checkpoint {out_dir} was trained with another generator: its is "
                              f"{saved['generator_identity']}, {self.config.generator} is {self.generator_identity}")
-        own = {**{f"compressor.{name}": p for name, p in self.compressor.state_dict().items()}, "sep": self.sep}
+        own = {**{f"compressor.{name}": p for name, p in self.compressor.named_parameters()}, "sep": self.sep}
         tensors = load_tensors(os.path.join(out_dir, "compressor.safetensors"), own)
         with torch.no_grad():
             for name, p in own.items():

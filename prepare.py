@@ -64,7 +64,7 @@ from transformers.models.auto import modeling_auto
 
 from compressor import left_pad
 from configurator import at_least, configure, fail, torch_device
-from data import mean_scores
+from data import file_sha256, mean_scores
 from model import Prompt, chat_messages, document_text
 
 # -----------------------------------------------------------------------------
@@ -944,14 +944,6 @@ STAGES = dict(  # what is made, of which settings, after which stages; inputs ar
     teacher=(make_answers, ["teacher.jsonl"], "teacher answer_tokens", "rerank"),
     train=(make_examples, ["train.jsonl", "val.jsonl"], "val_fraction", "teacher"),
 )
-
-
-def file_sha256(path):
-    digest = sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_model(setting, kinds, kind):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 import lora
@@ -117,6 +118,24 @@ def test_parts_of_a_batch_add_up_to_the_whole(tiny, examples):
     torch.testing.assert_close(parts, whole)
 
 
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("kwargs", [{}, dict(compressor_model="modernbert"), dict(compressor_model="roberta")])
+def test_fixed_shapes_change_no_loss(tiny, name, kwargs, examples):
+    model = build(tiny, name, query_tokens=12, doc_tokens=24, enable_reranking=True, **kwargs)
+    shapes = []
+    for i in range(3):
+        loose, fixed = (model.collate(examples[i:i + 1] * 2, 3, fixed) for fixed in (False, True))
+        shapes.append({k: t.shape for k, t in {**fixed, **fixed.pop("compressor")}.items() if k != "compressor"})
+        fixed = model.collate(examples[i:i + 1] * 2, 3, fixed=True)
+        torch.testing.assert_close(model(fixed)[0], model(loose)[0])
+        assert model.count(fixed) == model.count(loose)
+    answer, tokens, flops = model.count(model.collate(examples[1:2], 1))  # a missing document is not read
+    assert model.count(model.collate(examples[1:2], 3)) == (answer, tokens, flops)
+    long = dict(query="mayor river bridge " * 40, documents=["stone hound " * 80] * 5, answer="red " * 90, reranking_scores=[1.0] * 5)
+    fixed = model.collate([long] * 2, 3, fixed=True)
+    assert shapes == [{k: t.shape for k, t in {**fixed, **fixed.pop("compressor")}.items() if k != "compressor"}] * 3
+
+
 def test_everything_trained_gets_a_gradient_and_nothing_else(tiny, examples):
     for kwargs in ({}, dict(compressor_model="bert"), dict(compressor_model="modernbert")):
         model = build(tiny, enable_reranking=True, **kwargs).train()
@@ -226,7 +245,8 @@ def test_training_the_compressor_leaves_the_generator_alone(tiny, examples):
 @pytest.mark.parametrize("kwargs", [dict(enable_reranking=True), dict(compressor_model="modernbert")])
 def test_a_checkpoint_gives_the_same_model(tiny, tmp_path, examples, kwargs):
     model = build(tiny, **kwargs)
-    model.save(tmp_path)
+    model.compressor.backbone.register_buffer("kept", torch.ones(3))  # comes with the backbone, is not trained
+    model.save(tmp_path, get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True)))  # as train.py
     again = ScaleDown.from_pretrained(tmp_path)
     batch = model.collate(examples, 3)
     torch.testing.assert_close(again(batch)[0], model(batch)[0], rtol=0, atol=0)
