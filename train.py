@@ -1,26 +1,43 @@
 """
-Trains a compressor and the generator's LoRA on a teacher's answers. One process, one device:
+Trains a compressor and the generator's LoRA on a teacher's answers, on one device or many:
 
-    python train.py config/toy.py                        # a toy world, minutes on a laptop
-    python train.py config/n_layers.py --batch_size=4    # the paper's run; any setting below can be overridden
+    python train.py config/toy.py                                                # a toy world, minutes on a laptop
+    python train.py config/n_layers.py --batch_size=4                            # any setting can be overridden
+    torchrun --nproc_per_node=8 train.py config/n_layers.py                      # 8 GPUs, DDP
+    torchrun --nproc_per_node=8 train.py config/n_layers.py --fsdp=True          # 8 GPUs that share out the weights
+    torchrun --nproc_per_node=2 train.py config/modernbert.py --device=trainium  # 2 NeuronCores
 
-writes into out_dir: the last checkpoint (with optimizer.pt, to resume from), best/ (lowest validation loss) and
-metrics.jsonl.
+writes into out_dir: last/, the checkpoint that --init_from=resume goes on from; former/, the one before it; best/, that
+of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the step, save and leave.
 """
 
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
+from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import at_least, configure, fail, torch_device
-from data import Examples, mean_scores
+from data import Examples, file_sha256, mean_scores
 from model import ScaleDown, ScaleDownConfig, read_config
 
 # -----------------------------------------------------------------------------
@@ -28,7 +45,7 @@ from model import ScaleDown, ScaleDownConfig, read_config
 # i/o
 out_dir = "out"
 init_from = "scratch"  # or resume
-eval_only = False  # evaluate once and stop
+eval_only = False  # with resume: evaluate the checkpoint that lies in out_dir itself, such as out/toy/best, and stop
 eval_interval = 500
 eval_examples = 1000  # validation loss on so many examples
 eval_samples = 100  # exact match and F1 of answers generated for so many of them
@@ -59,7 +76,7 @@ lora_dropout = 0.1
 gradient_checkpointing = False
 # optimisation
 batch_size = 16  # examples a forward pass
-gradient_accumulation_steps = 8  # forward passes a step
+gradient_accumulation_steps = 8  # forward passes a step, shared out among all processes
 epochs = 1.0
 max_iters = 0  # steps; 0 = as many as the epochs take
 generator_lr = 1e-4
@@ -69,21 +86,23 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.999
 grad_clip = 1.0
+skip_nonfinite = False  # leave out a step whose loss or gradient is not finite, instead of stopping
 seed = 1337
 # system
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+# also trainium (PyTorch/XLA), neuron (TorchNeuron), xla (PyTorch/XLA on anything else)
+dtype = ""  # float32 or bfloat16, by default bfloat16 on CUDA and Trainium; what is trained is always kept in float32
 compile = False
+fsdp = False  # under torchrun: spread the weights over the devices (FSDP2) instead of copying them (DDP)
+peak_tflops = 0.0  # of one device, for "mfu"; 0: looked up for some GPUs
 # -----------------------------------------------------------------------------
 config = configure(globals())
-device = torch_device(device)
-if dtype not in ("float32", "bfloat16"):
-    fail(f"dtype is float32 or bfloat16, not '{dtype}'")
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save Ctrl-C just quits
 if init_from not in ("scratch", "resume"):
     fail(f"init_from is scratch or resume, not '{init_from}'")
 at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,
          log_interval=1, eval_samples=0, max_iters=0, epochs=0, seed=0, generator_lr=0, compressor_lr=0, warmup_ratio=0,
-         weight_decay=0, beta1=0, beta2=0, grad_clip=0, rerank_lambda=0)
+         weight_decay=0, beta1=0, beta2=0, grad_clip=0, rerank_lambda=0, peak_tflops=0)
 if max(beta1, beta2) >= 1 or epochs == 0:
     fail("beta1 and beta2 must be less than 1, epochs more than 0")
 if wandb_log:
@@ -91,12 +110,80 @@ if wandb_log:
         import wandb
     except ImportError:
         fail("wandb_log=True needs wandb: pip install wandb")
-torch.manual_seed(seed)
-ctx = nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
+
+# device, processes
+xla = device in ("trainium", "xla")  # PyTorch/XLA: operations are collected into graphs, see the loop
+if device == "trainium":
+    if not (find_spec("torch_neuronx") and find_spec("torch_xla")):
+        fail("device is trainium, which takes torch-neuronx on PyTorch/XLA: pip install -r requirements-trainium.txt, "
+             "on a Trn1, Trn1n or Trn2 instance (README, AWS Trainium); with TorchNeuron --device=neuron")
+    os.environ.setdefault("PJRT_DEVICE", "NEURON")
+if device == "xla" and not find_spec("torch_xla"):
+    fail("device is xla, which takes PyTorch/XLA: pip install torch==2.9.0 torch_xla==2.9.0")
+if not xla:
+    device = torch_device(device)
+kind = "xla" if xla else device.split(":")[0]
+dtype = dtype or ("bfloat16" if kind in ("cuda", "neuron") or device == "trainium" else "float32")
+if dtype not in ("float32", "bfloat16"):
+    fail(f"dtype is float32 or bfloat16, not '{dtype}'")
+rank, world, ddp = 0, 1, False
+if "RANK" in os.environ:  # torchrun
+    backend = {"cuda": "nccl", "neuron": "neuron", "xla": "xla"}.get(kind, "gloo")
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            fail(f"there are more processes than GPUs ({torch.cuda.device_count()}) on this machine")
+        torch.cuda.set_device(device)
+    if kind == "mps":
+        fail("one mps device takes one process")
+    if xla:
+        import torch_xla.distributed.xla_backend  # noqa: F401 (registers "xla")
+    dist.init_process_group(backend, init_method="xla://" if xla else None)
+    host = dist.new_group(backend="gloo")  # for counts, losses and signals, which never go to the device
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world != int(os.environ["WORLD_SIZE"]):
+        fail(f"torchrun has started {os.environ['WORLD_SIZE']} processes, PyTorch/XLA sees {world}: it cannot part "
+             "its devices among them")
+    ddp = not (fsdp or xla)
+if xla:
+    import torch_xla.core.xla_model as xm
+    import transformers.masking_utils
+    from torch_xla.utils.checkpoint import checkpoint as xla_checkpoint
+    device = xm.xla_device()
+    # transformers would ask every mask whether it hides anything at all, which fetches it from the device
+    transformers.masking_utils.is_tracing = lambda *_: True
+if fsdp and (xla or "RANK" not in os.environ):
+    fail("fsdp=True takes several processes (torchrun), and a device other than trainium or xla")
+if gradient_accumulation_steps % world:
+    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide among {world} processes")
+ctx = nullcontext() if dtype == "float32" else torch.autocast(kind, dtype=torch.bfloat16)
+
+
+def say(line):
+    """One process speaks; where nobody listens any more (Ctrl-C ends `| tee log` too) the run goes on."""
+    if rank == 0:
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")
+
+
+def host_sum(numbers):
+    """The sum of the numbers over all processes."""
+    numbers = torch.as_tensor(numbers, dtype=torch.float64)
+    if world > 1:
+        try:
+            dist.all_reduce(numbers, group=host)
+        except RuntimeError as e:  # another process has failed, and has said why
+            sys.exit(f"process {rank} has lost the others: {str(e).splitlines()[0]}")
+    return numbers
+
 
 # data
-if train_data == "data/toy/train.jsonl" and not os.path.exists(train_data):
-    subprocess.run([sys.executable, "prepare.py", "--dataset=toy"], check=True)
+alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+if train_data == "data/toy/train.jsonl" and not os.path.exists(train_data) and rank == 0:
+    subprocess.run([sys.executable, "prepare.py", "--dataset=toy"], check=True, env=alone)
+host_sum(0)  # wait for it
 try:
     train_set = Examples(train_data, need_scores=enable_reranking)
     val_set = Examples(val_data, need_scores=enable_reranking)
@@ -105,52 +192,160 @@ except (ValueError, OSError) as e:
 examples_per_step = batch_size * gradient_accumulation_steps
 steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
 val_examples = [val_set[i] for i in range(min(eval_examples, len(val_set)))]
+# devices that compile what they run get batches of one shape, and no generation, which grows token by token
+fixed = kind in ("xla", "neuron")
+samples = [] if fixed else val_examples[:eval_samples]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch):
+    return np.random.default_rng((seed, epoch)).permutation(len(train_set))
+
+
+def step_examples(step):
+    """The numbers of a step's examples: every epoch is a permutation that depends on the seed alone, so that a resumed
+    run and any number of processes see the same examples at the same step. Process r takes [r::world]."""
+    where = range(step * examples_per_step, (step + 1) * examples_per_step)
+    return [int(epoch_order(i // len(train_set))[i % len(train_set)]) for i in where]
+
+
+def collate(examples):
+    try:
+        return model.collate(examples, num_documents, fixed)
+    except ValueError as e:
+        fail(e)
 
 
 def get_micro_batches(step):
-    """The examples of a step, as batches on the CPU. Every epoch has an order of its own; the order depends on nothing
-    but the seed, so that a resumed run goes on with the same examples."""
-    where = np.arange(step * examples_per_step, (step + 1) * examples_per_step)
-    orders = {e: np.random.default_rng((seed, e)).permutation(len(train_set)) for e in {*(where // len(train_set))}}
-    examples = [train_set[orders[i // len(train_set)][i % len(train_set)]] for i in where]
-    return [model.collate(examples[i:i + batch_size], num_documents) for i in range(0, len(examples), batch_size)]
+    """This process's part of a step's examples, as batches on the CPU."""
+    mine = [train_set[i] for i in step_examples(step)[rank::world]]
+    return [collate(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size)]
 
 
 # model
+last, former, best, damaged = (f"{out_dir}/{name}" for name in ("last", "former", "best", "damaged"))
+
+
+def broken(checkpoint):
+    """What is wrong with the files of a checkpoint; None when they are those that were written."""
+    try:
+        with open(f"{checkpoint}/SHA256SUMS") as f:
+            sums = dict(reversed(line.split()) for line in f)
+        return next((f"{name} is not as it was written" for name in
+                     ("adapter_config.json", "adapter_model.safetensors", "compressor.safetensors", "config.json",
+                      "optimizer.pt") if file_sha256(f"{checkpoint}/{name}") != sums.get(name)), None)
+    except (ValueError, OSError) as e:
+        return str(e)
+
+
+def put_aside(folder, name):
+    shutil.rmtree(name, ignore_errors=True)
+    os.rename(folder, name)
+
+
+def find_checkpoint():
+    """Sees to it that the checkpoint in last/ is a good one: the one before takes the place of a damaged one."""
+    if not os.path.isdir(last) and not os.path.isdir(former):
+        fail(f"{out_dir} holds no checkpoint to resume from")
+    wrong = broken(last) if os.path.isdir(last) else "is missing"
+    if wrong:
+        if broken(former):
+            fail(f"{last}: {wrong}; {former}: {broken(former)}: nothing to resume from")
+        if os.path.isdir(last):
+            put_aside(last, damaged)
+        os.rename(former, last)
+        say(f"{last}: {wrong}: the checkpoint before it is used")
+
+
+# what may change when a run is resumed: data as long as its contents are the same, batch_size and
+# gradient_accumulation_steps as long as their product is
+may_differ = {*"""out_dir init_from eval_only eval_interval eval_examples eval_samples log_interval sample_at_end
+    wandb_log wandb_project wandb_run_name train_data val_data generator compressor_model gradient_checkpointing
+    batch_size gradient_accumulation_steps epochs max_iters skip_nonfinite device dtype compile fsdp
+    peak_tflops""".split()}
+may_differ |= {"num_layers"} if compressor_type == "modernbert" else {"projection_hidden"}
+may_differ |= set() if enable_reranking else {"rerank_lambda"}
+run = {**config, "examples_per_step": examples_per_step, "sha256 of train_data": file_sha256(train_data)}
+
+
+def compare_settings(saved):
+    """Says which settings are not those of the checkpoint, and fails for those that decide what is trained."""
+    differs = {name: f"{name}={saved.get(name)} (now {value})" for name, value in run.items()
+               if value != saved.get(name)}
+    wrong = [text for name, text in differs.items() if name not in may_differ]
+    if wrong:
+        fail(f"{last} was trained with {', '.join(wrong)}: resume with its settings, or choose another out_dir")
+    differs.pop("init_from", None)
+    if differs:
+        say(f"not as in {last}: {', '.join(differs.values())}")
+
+
+if init_from == "resume" and not eval_only:
+    if rank == 0:
+        find_checkpoint()
+    host_sum(0)
+    state = torch.load(f"{last}/optimizer.pt", map_location="cpu", weights_only=True)
+    compare_settings(state["run"])
+elif not eval_only and (os.path.isdir(last) or os.path.isdir(former)):
+    fail(f"{out_dir} holds a run already: --init_from=resume goes on with it; for a new one choose another --out_dir "
+         "or remove the folder")
+torch.manual_seed(seed)
+step, evaluated, skipped, best_val_loss = 0, -1, 0, float("inf")
+names = ["loss", "generation", "reranking"][:2 + enable_reranking]
+window = dict(sums=torch.zeros(len(names), dtype=torch.float64), steps=0)  # since the last line of the log
 try:
     model = ScaleDown(ScaleDownConfig(**{name: config[name] for name in ScaleDownConfig.__dataclass_fields__}),
                       dtype=getattr(torch, dtype))
-    start, best_val_loss = 0, float("inf")
-    if init_from == "resume":
+    if init_from == "resume" and eval_only:
         for name, value in read_config(out_dir)[0].items():
             if name not in ("generator", "compressor_model", "generator_identity") and value != config[name]:
                 fail(f"the checkpoint {out_dir} has {name}={value}, this run {name}={config[name]}")
         model.load(out_dir)
+    elif init_from == "resume":
+        model.load(last)
 except (ValueError, OSError) as e:
     fail(str(e).splitlines()[0])
-model.to(device)
+if fsdp:
+    model.shard(dist.device_mesh.init_device_mesh(kind, (world,)))
+else:
+    model.to(device)
+if xla:
+    for backbone in (model.generator, model.compressor.backbone):
+        backbone.set_attn_implementation("eager")  # autocast knows no other attention there
 if gradient_checkpointing:
-    model.enable_gradient_checkpointing()
-optimizer = model.configure_optimizers(generator_lr, compressor_lr, weight_decay, (beta1, beta2),
-                                       fused=device.startswith("cuda"))
-base_lrs = [group["lr"] for group in optimizer.param_groups]  # before a resumed state brings the last step's
+    model.enable_gradient_checkpointing(xla_checkpoint if xla else None)
+# capturable: AdamW counts its steps in tensors; with numbers XLA would now and then compile the update anew
+optimizer = model.configure_optimizers(generator_lr, compressor_lr, weight_decay, (beta1, beta2), fused=kind == "cuda",
+                                       capturable=xla)
+settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 if init_from == "resume" and not eval_only:
-    if not os.path.isfile(f"{out_dir}/optimizer.pt"):
-        fail(f"{out_dir}/optimizer.pt does not exist: nothing to resume from")
-    state = torch.load(f"{out_dir}/optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    start, best_val_loss = state["step"], state["best_val_loss"]
-    torch.set_rng_state(state["rng"])
-    if device.startswith("cuda") and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
+    if state["optimizer"]:  # None before its first step
+        for group, own in zip(state["optimizer"]["param_groups"], settings):
+            group.update(own)  # fused and capturable are this device's
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+        if xla:  # the line above makes room by a step with learning rate 0, which is 0 / 0 when capturable
+            model.load(last)
+    step, evaluated, skipped, best_val_loss = (state[x] for x in ("step", "evaluated", "skipped", "best_val_loss"))
+    window = state["window"]
     del state
-    print(f"resuming {out_dir} at step {start:,}")
+    say(f"resuming {out_dir} at step {step:,}")
 parameters = [p for p in model.parameters() if p.requires_grad]
-forward = torch.compile(model) if compile else model
+forward = torch.compile(model, backend="neuron" if kind == "neuron" else "inductor") if compile else model
+if ddp:
+    forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+if xla:
+    xm.broadcast_master_param(model)  # the same start in every process, as DDP does it
+    for p in parameters:  # never None: the first micro-batch of a step runs the graph of all others
+        p.grad = torch.zeros_like(p)
 count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
-print(f"{len(train_set):,} training and {len(val_set):,} validation examples, {steps:,} steps of {examples_per_step}")
-print(f"trained: compressor {count(model.compressor):.2f}M, LoRA {count(model.generator):.2f}M parameters; "
-      f"frozen: {sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6:.2f}M")
+say(f"{len(train_set):,} training and {len(val_set):,} validation examples, {steps:,} steps of {examples_per_step}")
+say(f"trained: compressor {count(model.compressor):.2f}M, LoRA {count(model.generator):.2f}M parameters; "
+    f"frozen: {sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6:.2f}M")
+# of one device, in 16 bit, dense (NVIDIA's data sheets)
+known = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312}
+if kind == "cuda" and dtype == "bfloat16" and not peak_tflops:
+    peak_tflops = next((peak for name, peak in known.items() if name in torch.cuda.get_device_name()), 0)
 
 
 def lr_factor(step):
@@ -159,123 +354,305 @@ def lr_factor(step):
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
+def signalled():
+    """Whether any process has got SIGTERM or Ctrl-C."""
+    return host_sum(stop is not None) > 0
+
+
 @torch.no_grad()
 def evaluate():
-    """Validation loss and, on the first eval_samples examples, the scores of greedily generated answers."""
+    """Validation loss and, on the first eval_samples examples, the scores of greedily generated answers, the examples
+    spread over the processes; None when a signal came in between."""
     model.eval()
-    generation = reranking = tokens = 0
-    for i in range(0, len(val_examples), batch_size):
-        batch = model.to_device(model.collate(val_examples[i:i + batch_size], num_documents))
+    sums = torch.zeros(7, dtype=torch.float64)  # generation, reranking, answer tokens, em, f1, match, samples
+    for i in range(0, len(val_examples), batch_size * world):
+        if signalled():
+            return
+        mine = val_examples[i:i + batch_size * world][rank::world]
+        # as many batches in every process (FSDP2), all full (XLA): what fills up counts nothing
+        batch = collate((mine + val_examples[:1] * batch_size)[:batch_size])
+        batch["labels"][len(mine):] = -100
+        batch["present"][len(mine):] = False
         with ctx:
-            _, parts = forward(batch, num_answer_tokens=1, num_queries=1)
-        generation += parts["generation"].item()
-        reranking += parts["reranking"].item() if enable_reranking else 0
-        tokens += (batch["labels"] != -100).sum().item()
+            _, parts = forward(model.to_device(batch), num_answer_tokens=1, num_queries=1)
+        if xla:
+            xm.mark_step()
+        sums[0] += parts["generation"].item()
+        sums[1] += parts["reranking"].item() if enable_reranking else 0
+        sums[2] += (batch["labels"] != -100).sum().item()
+    # with FSDP2 the processes must go through the layers together, as often: each answers all
+    stride = batch_size if fsdp else batch_size * world
+    for i in range(0, len(samples), stride):
+        if signalled():
+            return
+        mine = samples[i:i + stride] if fsdp else samples[i:i + stride][rank::world]
+        if mine:
+            try:
+                with ctx:
+                    answers = model.generate([x["query"] for x in mine], [x["documents"][:num_documents] for x in mine])
+            except ValueError as e:  # longer than the generator's positions
+                fail(e)
+            scores = mean_scores(answers, mine)
+            sums[3:] += len(mine) * torch.tensor([scores["em"], scores["f1"], scores["match"], 1], dtype=torch.float64)
+    model.train()
+    generation, reranking, tokens, em, f1, match, n = host_sum(sums).tolist()
     result = {"val_loss": generation / tokens + rerank_lambda * reranking / len(val_examples)}
     if enable_reranking:
         result["val_reranking"] = reranking / len(val_examples)
-    samples = val_examples[:eval_samples]
-    answers = []
-    for i in range(0, len(samples), batch_size):
-        part = samples[i:i + batch_size]
-        with ctx:
-            answers += model.generate([x["query"] for x in part], [x["documents"][:num_documents] for x in part])
-    if samples:
-        result.update(mean_scores(answers, samples))
-    model.train()
-    return result
+    return {**result, **dict(em=em / n, f1=f1 / n, match=match / n)} if n else result
 
 
-def save(step):
-    """The last checkpoint, which --init_from=resume goes on from."""
-    model.save(out_dir)
-    state = dict(optimizer=optimizer.state_dict(), step=step, best_val_loss=best_val_loss, rng=torch.get_rng_state())
-    if device.startswith("cuda"):
-        state["cuda_rng"] = torch.cuda.get_rng_state(device)
-    torch.save(state, f"{out_dir}/optimizer.pt")
+def settle():
+    """Fetches the losses and gradient norms of the steps since the last call, adds those that are finite to the window
+    and returns those that are not: (step, losses (processes, micro-batches, names), gradient norm)."""
+    if xla:
+        xm.mark_step()
+    bad = []
+    for step, losses, norm in pending:
+        mine = torch.zeros(world, *losses.shape, dtype=torch.float64)
+        mine[rank] = losses.cpu()
+        losses, norm = host_sum(mine) / world, norm.item()
+        if math.isfinite(norm) and losses.isfinite().all():
+            window["sums"] += losses.sum(dim=(0, 1))
+            window["steps"] += 1
+            window["grad_norm"] = norm
+        else:
+            bad.append((step, losses, norm))
+    pending.clear()
+    return bad
+
+
+def describe(step, losses, norm):
+    """Which batch made a step's loss infinite or NaN."""
+    text = f"step {step}: loss {losses[:, :, 0].sum().item()}, gradient norm {norm}"
+    numbers = [i + 1 for i in step_examples(step - 1)]
+    where = [f"micro-batch {i + 1} of process {r}: examples {numbers[r::world][i * batch_size:(i + 1) * batch_size]}"
+             for r, i in (~losses.isfinite().all(dim=2)).nonzero().tolist()]
+    return f"{text}; {'; '.join(where) or f'examples {numbers}'} of {train_data}"
 
 
 def last_good():
-    return f"{out_dir} holds the checkpoint of step {saved}" if saved else "no checkpoint was written yet"
+    return f"{last} holds the checkpoint of step {saved:,}" if saved else "no checkpoint was written yet"
 
 
-def log(entry):
+def stop_all(message):
+    """For what every process has found."""
+    fail(message) if rank == 0 else sys.exit(1)
+
+
+def stop_if_not_finite(bad):
+    if bad:
+        stop_all(f"{describe(*bad[0])}: stopped; {last_good()}")
+
+
+@contextmanager
+def writing(what):
+    """A full disk and its like: one line that says which checkpoint is left."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch.save raises RuntimeError for a failed write
+        shutil.rmtree(f"{last}.tmp", ignore_errors=True)
+        shutil.rmtree(f"{best}.tmp", ignore_errors=True)
+        while e.__context__:  # torch.save hides the reason behind errors of its own
+            e = e.__context__
+        fail(f"step {step:,}: {what} could not be written: {str(e).splitlines()[0]}; {last_good()}")
+
+
+def flush(folder):
+    """Checksums beside the files of a checkpoint, and all of it on the disk before it gets its name."""
+    sums = "".join(f"{file_sha256(f'{folder}/{name}')}  {name}\n" for name in sorted(os.listdir(folder)))
+    with open(f"{folder}/SHA256SUMS", "w") as f:
+        f.write(sums)
+    for name in os.listdir(folder):
+        to_disk(f"{folder}/{name}")
+    to_disk(folder)
+
+
+def to_disk(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def save(is_best):
+    """Writes the checkpoint of this step aside and renames it into place when all of it is on the disk; the one before
+    stays as former/. Files are the same for one process, DDP and FSDP2."""
+    global saved
+    tensors = get_model_state_dict(model, options=whole)
+    # asked for its state before its first step, torch would make that step
+    moments = get_optimizer_state_dict(model, optimizer, options=whole) if optimizer.state else None
+    state = dict(optimizer=moments, step=step, evaluated=evaluated, skipped=skipped, best_val_loss=best_val_loss,
+                 window=window, run=run)
+    if rank == 0:
+        with writing("the checkpoint"):
+            if is_best:  # first: a run that is resumed from the checkpoint before comes by here again
+                model.save(f"{best}.tmp", tensors)
+                flush(f"{best}.tmp")
+                if os.path.isdir(best):
+                    put_aside(best, f"{best}.old")
+                os.rename(f"{best}.tmp", best)
+                shutil.rmtree(f"{best}.old", ignore_errors=True)
+            model.save(f"{last}.tmp", tensors)
+            with open(f"{last}.tmp/optimizer.pt", "wb") as f:
+                torch.save(state, f)
+            flush(f"{last}.tmp")
+            if os.path.isdir(last):
+                put_aside(last, former)
+            os.rename(f"{last}.tmp", last)
+            to_disk(out_dir)
+    host_sum(0)
+    saved = step
+
+
+def log(entry, more=""):
+    if rank > 0:
+        return
     if not eval_only:
-        with open(f"{out_dir}/metrics.jsonl", "a") as f:
+        with writing("metrics.jsonl"), open(f"{out_dir}/metrics.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
+            f.flush()
+            os.fsync(f.fileno())  # no checkpoint may reach the disk before the lines that lead to it
     if wandb_log:
         wandb.log(entry, step=entry.get("step"))
-    print(", ".join(f"{name} {value:.2e}" if name.endswith("_lr") else f"{name} {value:,}" if isinstance(value, int)
-                    else f"{name} {value:.4f}" for name, value in entry.items()), flush=True)
+    say(", ".join(f"{name} {value:.2e}" if name.endswith("_lr") else f"{name} {value:,}" if isinstance(value, int)
+                  else f"{name} {value:.4f}" for name, value in entry.items()) + more)
 
 
-if not eval_only:  # a resumed run says again what came after its checkpoint
-    os.makedirs(out_dir, exist_ok=True)
-    kept = []
-    if init_from == "resume" and os.path.isfile(f"{out_dir}/metrics.jsonl"):
-        with open(f"{out_dir}/metrics.jsonl") as f:
-            kept = [line for line in f if json.loads(line)["step"] <= start]
-    with open(f"{out_dir}/metrics.jsonl", "w") as f:
-        f.writelines(kept)
-if wandb_log:
+saved, stop, pending = step, None, []
+model.train()
+if eval_only:
+    log(evaluate())
+    if world > 1:
+        dist.destroy_process_group()
+    sys.exit()
+if rank == 0:
+    with writing("the folder"):
+        os.makedirs(out_dir, exist_ok=True)
+        if os.path.isdir(f"{best}.old") and not os.path.isdir(best):  # a crash between two renames
+            os.rename(f"{best}.old", best)
+        for name in (f"{last}.tmp", f"{best}.tmp"):
+            shutil.rmtree(name, ignore_errors=True)
+        kept = []
+        if step > 0 and os.path.isfile(f"{out_dir}/metrics.jsonl"):  # what came after its checkpoint is said again
+            with open(f"{out_dir}/metrics.jsonl") as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(f"{out_dir}/metrics.tmp", "w") as f:
+            f.writelines(kept)
+        to_disk(f"{out_dir}/metrics.tmp")
+        os.replace(f"{out_dir}/metrics.tmp", f"{out_dir}/metrics.jsonl")
+if wandb_log and rank == 0:
     wandb.init(project=wandb_project, name=wandb_run_name or None, config=config)
 
+
+def on_signal(number, _):
+    global stop
+    stop = signal.Signals(number).name
+    if rank == 0:
+        with suppress(BrokenPipeError):
+            os.write(1, f"{stop}: finishing the step\n".encode())  # print() may be at work itself
+    if world == 1:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C quits at once; torchrun sends several
+
+
+signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGINT, on_signal)
+
 # training loop
-model.train()
-step, saved = start, start
-batches = get_micro_batches(step)
-# what a log line tells of the steps since the last one or since an evaluation: sums of losses, real tokens read
-losses, num_steps, tokens_read, t0 = {}, 0, 0, time.time()
+batches = get_micro_batches(step) if step < steps else []
+examples = tokens = flops = 0  # since the last line of the log, and its time, evaluations left out
+first, started = step, time.time()
+t0 = started
 while True:
-    # evaluate and write checkpoints; a resumed run has done so at the step it begins with
-    if (step % eval_interval == 0 or step == steps) and (step > start or init_from == "scratch") or eval_only:
+    counts = [sum(column) for column in zip(*map(model.count, batches))] or [0, 0, 0]
+    stopping, num_answer_tokens, step_tokens, step_flops = host_sum([stop is not None, *counts]).tolist()
+    if stopping:
+        stop_if_not_finite(settle())
+        if saved < step:
+            save(is_best=False)
+        say(f"stopped behind step {step:,}; {last_good()}"
+            + ("; to go on: the same command with --init_from=resume" if saved else ""))
+        break
+
+    # evaluate and write checkpoints; a resumed run does not evaluate again what it has evaluated
+    if (step % eval_interval == 0 or step == steps) and step != evaluated:
+        t1 = time.time()
+        stop_if_not_finite(settle())
         result = evaluate()
-        log(result if eval_only else {"step": step, **result})
-        if eval_only:
-            break
+        if result is None:
+            continue
+        log({"step": step, **result})
         if not math.isfinite(result["val_loss"]):
-            fail(f"step {step}: validation loss {result['val_loss']}; {last_good()}")
+            stop_all(f"step {step}: validation loss {result['val_loss']}; {last_good()}")
+        evaluated = step
         if step > 0:
-            if result["val_loss"] < best_val_loss:
-                best_val_loss = result["val_loss"]
-                model.save(f"{out_dir}/best")
-            save(step)
-            saved = step
-        losses, num_steps, tokens_read, t0 = {}, 0, 0, time.time()
+            is_best = result["val_loss"] < best_val_loss
+            best_val_loss = min(best_val_loss, result["val_loss"])
+            save(is_best)
+        t0 += time.time() - t1
     if step >= steps:
         break
 
-    for group, lr in zip(optimizer.param_groups, base_lrs):
-        group["lr"] = lr * lr_factor(step)
-    # the mean over all answer tokens of the step, however they are spread over its micro-batches
-    num_answer_tokens = sum((b["labels"] != -100).sum().item() for b in batches)
-    tokens_read += sum(mask.sum().item() for b in batches for mask in (b["tail_mask"], *b["compressor"].values())
-                       if mask.dtype == torch.bool)
-    loss = 0.0
-    for batch in batches:
-        with ctx:
-            part, parts = forward(model.to_device(batch), num_answer_tokens, examples_per_step)
-        part.backward()
-        loss += part.detach()
-        for name, value in {"loss": part.detach(), **parts}.items():
-            losses[name] = losses.get(name, 0.0) + value
+    for group, own in zip(optimizer.param_groups, settings):
+        group["lr"] = own["lr"] * lr_factor(step)
+    # dropout, too, depends on nothing but seed, step and process: no random state to keep
+    step_seed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+    torch.manual_seed(step_seed)
+    if xla:
+        xm.set_rng_state(step_seed, str(device))
+    losses = []
+    for i, batch in enumerate(batches):
+        if ddp:
+            forward.require_backward_grad_sync = i == len(batches) - 1  # gradients travel once a step
+        with ctx:  # the mean over all answer tokens of the step, wherever they are; processes' gradients are averaged
+            loss, parts = forward(model.to_device(batch), num_answer_tokens / world, examples_per_step / world)
+        loss.backward()
+        losses.append(torch.stack([loss.detach(), *parts.values()]))
+        if xla:
+            xm.mark_step()  # the graph of a micro-batch ends here and runs while the next one is collected
+    batches = get_micro_batches(step + 1) if step + 1 < steps else []
+    if xla:
+        xm.reduce_gradients(optimizer)  # averages over the replicas, which DDP and FSDP2 do in backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
-    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        fail(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}: stopped before it reached the "
-             f"weights; {last_good()}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    pending.append((step + 1, torch.stack(losses), norm.full_tensor() if fsdp else norm))
+    bad = settle() if not xla or skip_nonfinite else []
+    if bad and skip_nonfinite:
+        skipped += 1
+        say(f"{describe(*bad[0])}: skipped")
+    else:
+        stop_if_not_finite(bad)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=not xla)
+    if xla:
+        xm.mark_step()  # the graph of the update
     step += 1
-    num_steps += 1
-    if step < steps:
-        batches = get_micro_batches(step)
-    if step % log_interval == 0 or step == steps:
-        seconds = time.time() - t0
-        log({"step": step, **{name: value.item() / num_steps for name, value in losses.items()},
-             "generator_lr": generator_lr * lr_factor(step - 1), "compressor_lr": compressor_lr * lr_factor(step - 1),
-             "grad_norm": norm.item(), "tokens_per_s": round(tokens_read / seconds)})
-        losses, num_steps, tokens_read, t0 = {}, 0, 0, time.time()
+    examples, tokens, flops = examples + examples_per_step, tokens + step_tokens, flops + step_flops
 
-if sample_at_end and not eval_only:
-    args = dict(out_dir=f"{out_dir}/best", val_data=val_data, num_documents=num_documents, device=device, dtype=dtype)
-    subprocess.run([sys.executable, "sample.py", *(f"--{name}={value}" for name, value in args.items())], check=True)
+    if step % log_interval == 0 or step == steps:
+        stop_if_not_finite(settle())  # on XLA the only time that losses are fetched
+        entry, seconds = {"step": step}, time.time() - t0
+        if window["steps"]:
+            entry.update({name: value / window["steps"] for name, value in zip(names, window["sums"].tolist())})
+            entry["grad_norm"] = window["grad_norm"]
+        entry.update(generator_lr=generator_lr * lr_factor(step - 1), compressor_lr=compressor_lr * lr_factor(step - 1),
+                     examples_per_s=examples / seconds, tokens_per_s=round(tokens / seconds))
+        if peak_tflops:
+            entry["mfu"] = flops / seconds / (peak_tflops * 1e12 * world)
+        if skipped:
+            entry["skipped"] = skipped
+        left = (time.time() - started) / (step - first) * (steps - step)
+        log(entry, f", {timedelta(seconds=round(left))} left")
+        window = dict(sums=torch.zeros(len(names), dtype=torch.float64), steps=0)
+        examples = tokens = flops = 0
+        t0 = time.time()
+
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sample_at_end and not stopping and rank == 0:
+    args = dict(out_dir=best, val_data=val_data, num_documents=num_documents, device="cpu" if xla else device,
+                dtype=dtype)
+    subprocess.run([sys.executable, "sample.py", *(f"--{name}={value}" for name, value in args.items())], check=True,
+                   env=alone)
+if world > 1:
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # beside Gloo's threads an interpreter that shuts down aborts now and then (seen in 2 of some 150 runs)

@@ -1,7 +1,10 @@
 """Tiny random models of every architecture that the tests name, made once a session."""
 
+import json
 import os
 import string
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once instead of asking the hub
 
@@ -28,6 +31,7 @@ from transformers import (
 )
 
 logging.disable_progress_bar()
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = ["Extract the facts that matter from the background and answer as briefly as possible. Question: who is it?",
         "Mara keeps a red hound near the river. The mayor of Loku is Tuson; the bridge is made of stone.\n\nBackground:"]
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -121,3 +125,55 @@ EXAMPLES = [
 @pytest.fixture
 def examples():
     return [dict(x) for x in EXAMPLES]
+
+
+def run(*args, ok=True):
+    """-> stdout of a script, or, where it should fail, the one line that it says."""
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    if ok:
+        return done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def torchrun(n, *args, ok=True):
+    """-> stdout of a script in n processes, or, where it should fail, what they say."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout if ok else done.stderr
+
+
+@pytest.fixture(scope="session")
+def job(tiny, tmp_path_factory):
+    """(arguments of a small training run, its out_dir, the folder of its files)"""
+    folder = tmp_path_factory.mktemp("job")
+    for name, n in (("train", 20), ("val", 5)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(EXAMPLES[i % 3]) + "\n" for i in range(n)))
+    settings = dict(generator=tiny("llama"), train_data=folder / "train.jsonl", val_data=folder / "val.jsonl",
+                    out_dir=folder / "out", num_layers=2, num_memory_tokens=2, num_documents=3, answer_tokens=8,
+                    enable_reranking=True, batch_size=2, gradient_accumulation_steps=2, epochs=2.0, eval_interval=5,
+                    eval_samples=2, log_interval=1, compressor_lr=1e-2, generator_lr=1e-2, device="cpu", dtype="float32")
+    return [f"--{k}={v}" for k, v in settings.items()], str(folder / "out"), folder
+
+
+@pytest.fixture(scope="session")
+def trained(job):
+    args, out_dir, _ = job
+    return run("train.py", *args)
+
+
+def metrics(out_dir):
+    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def curve(out_dir):
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in x.items() if k not in ("examples_per_s", "tokens_per_s", "mfu")} for x in metrics(out_dir)]
+
+
+def losses(out_dir):
+    return {x["step"]: x["loss"] for x in metrics(out_dir) if "loss" in x}
