@@ -1,0 +1,156 @@
+"""
+train.py's PyTorch/XLA branch, that of --device=trainium, on PyTorch/XLA's CPU device. Needs torch_xla, in a virtual
+environment of its own; .ci/run makes one.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, losses, metrics, run, torchrun
+
+pytest.importorskip("torch_xla", reason="torch_xla is not installed: see .ci/run for an environment that has it")
+
+# every line of the log with what the lazy device has done so far: graphs compiled, operators run on the CPU instead
+SPY = """
+import json, sys
+import torch_xla.debug.metrics as met
+sys.argv = sys.argv[1:]; sys.path.insert(0, ".")
+dumps = json.dumps
+def spy(x, **kwargs):
+    if "step" in x:
+        x = {**x, "graphs": met.metric_data("CompileTime")[0],
+             "aten": {n: met.counter_value(n) for n in met.counter_names() if n.startswith("aten::")}}
+    return dumps(x, **kwargs)
+json.dumps = spy
+exec(compile(open("train.py").read(), "train.py", "exec"))
+"""
+
+
+@pytest.fixture(scope="module")
+def xla_args(job, tiny, tmp_path_factory):
+    args, _, folder = job
+    (folder / "spy.py").write_text(SPY)
+    return folder, [*args, "--max_iters=20", "--eval_interval=10", "--log_interval=2", "--lora_dropout=0.0",
+                    "--doc_tokens=16", "--query_tokens=16", f"--compressor_model={tiny('modernbert')}",
+                    "--projection_hidden=16",
+                    "--compressor_lr=3e-3", "--generator_lr=3e-3"]
+
+
+def run_xla(*args, devices=1):
+    done = subprocess.run([sys.executable, *args, "--device=xla"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_few_graphs(out_dir):
+    rows = metrics(out_dir)
+    graphs = {x["step"]: x["graphs"] for x in rows}
+    assert graphs[20] == graphs[2] <= 6, graphs  # evaluation, micro-batch, update (the first makes Adam's state)
+    assert {*rows[-1]["aten"]} == {"aten::_local_scalar_dense"}
+    # evaluation fetches one or two losses a batch, the log one norm a step: nothing else waits for the device
+    assert rows[-1]["aten"]["aten::_local_scalar_dense"] <= 20 + 3 * 3 * 2
+
+
+@pytest.mark.parametrize("reranking", [False, True])
+@pytest.mark.parametrize("compressor_type", ["n_layers", "modernbert"])
+def test_xla_trains_as_the_cpu_does(xla_args, compressor_type, reranking, tmp_path):
+    folder, args = xla_args
+    args = [*args, f"--compressor_type={compressor_type}", f"--enable_reranking={reranking}"]
+    run("train.py", *args, f"--out_dir={tmp_path}/cpu", "--eval_samples=0")
+    run_xla(f"{folder}/spy.py", "train.py", *args, f"--out_dir={tmp_path}/xla")
+    for x, y in zip(metrics(f"{tmp_path}/cpu"), metrics(f"{tmp_path}/xla"), strict=True):
+        for name in x.keys() - {"examples_per_s", "tokens_per_s"}:
+            assert x[name] == pytest.approx(y[name], abs=1e-4, rel=1e-3 if name == "grad_norm" else 0), (x["step"], name)
+    assert_few_graphs(f"{tmp_path}/xla")
+    assert max(losses(f"{tmp_path}/xla")) == 20
+
+
+def test_xla_with_all_that_a_real_run_has(xla_args, tmp_path):
+    """bfloat16, dropout, gradient checkpointing; stopped, and resumed on the CPU, and back on XLA."""
+    folder, args = xla_args
+    run("train.py", *args, f"--out_dir={tmp_path}/cpu", "--eval_samples=0")
+    more = ["--dtype=bfloat16", "--gradient_checkpointing=True", "--lora_dropout=0.1"]
+    run_xla(f"{folder}/spy.py", "train.py", *args, *more, f"--out_dir={tmp_path}/xla")
+    assert_few_graphs(f"{tmp_path}/xla")
+    for step, loss in losses(f"{tmp_path}/cpu").items():
+        assert losses(f"{tmp_path}/xla")[step] == pytest.approx(loss, rel=0.1)
+    args = [*args, "--lora_dropout=0.1", f"--out_dir={tmp_path}/xla", "--init_from=resume"]
+    run("train.py", *args, "--max_iters=22")
+    run_xla("train.py", *args, "--max_iters=24")
+    assert max(losses(f"{tmp_path}/xla")) == 24
+
+
+# PyTorch/XLA's CPU device cannot be shared by processes, but one process may have two, a thread each. The two threads
+# run train.py itself; torch.distributed, which has one state a process, is replaced by a rendezvous of threads. XLA's CPU
+# client lets an all-reduce meet only that of the same executable: whenever a graph is cut, the second thread waits until
+# the first has compiled it, and finds it in the cache.
+TWO_REPLICAS = """
+import os, signal, sys, threading, time, traceback
+import torch, torch.distributed as dist, torch_xla, torch_xla.core.xla_model as xm, torch_xla.runtime as xr
+import torch_xla.debug.metrics as met, torch_xla.distributed.xla_backend
+from torch_xla._internal import pjrt
+sys.argv = sys.argv[1:]; sys.path.insert(0, ".")
+barrier, box, sync = threading.Barrier(2), {}, torch_xla.sync
+
+def all_reduce(t, group=None):
+    box[xr.global_ordinal()] = t.clone()
+    barrier.wait()
+    t.copy_(box[0] + box[1])
+    barrier.wait()
+
+def compiled():
+    return (met.metric_data("CompileTime") or [0])[0] + (met.counter_value("CachedCompile") or 0)
+
+def mark_step(*args, **kwargs):
+    me = xr.global_ordinal()
+    barrier.wait()
+    before, done = compiled(), box.get("done", 0)
+    barrier.wait()
+    if me == 1:
+        while compiled() == before and box.get("done", 0) == done:
+            time.sleep(0.001)
+        time.sleep(0.3)  # until it is in the cache
+    sync()
+    if me == 0:
+        box["done"] = done + 1
+    barrier.wait()
+
+xm.mark_step = torch_xla.sync = mark_step
+dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
+dist.new_group = lambda **kwargs: None
+dist.get_rank, dist.get_world_size, dist.all_reduce = xr.global_ordinal, lambda: 2, all_reduce
+xm.broadcast_master_param = lambda model: None  # a second all-reduce in a graph: both begin with the same checkpoint
+signal.signal = lambda *args: None
+os.environ.update(RANK="0", WORLD_SIZE="2")  # as under torchrun
+source = compile(open("train.py").read(), "train.py", "exec")
+
+def replica():
+    try:
+        exec(source, {"__name__": "__main__"})
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+pjrt._run_thread_per_device(0, 1, replica, pjrt.initialize_multiprocess)
+"""
+
+
+def test_two_replicas_train_as_one(xla_args, tmp_path):
+    folder, args = xla_args
+    (folder / "two.py").write_text(TWO_REPLICAS)
+    run("train.py", *args, f"--out_dir={tmp_path}/one", "--max_iters=10", "--eval_samples=0")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    run_xla(f"{folder}/two.py", "train.py", *args, f"--out_dir={tmp_path}/two", "--init_from=resume", devices=2)
+    run("train.py", *args, f"--out_dir={tmp_path}/one", "--init_from=resume", "--eval_samples=0")
+    a, b = losses(f"{tmp_path}/one"), losses(f"{tmp_path}/two")
+    assert a == pytest.approx(b, abs=1e-4) and max(a) == 20
+
+
+def test_processes_that_cannot_share_the_device_are_refused(xla_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    said = torchrun(2, "train.py", *xla_args[1], f"--out_dir={tmp_path}/out", "--device=xla", ok=False)
+    assert "torchrun has started 2 processes, PyTorch/XLA sees 1" in said
