@@ -1308,3 +1308,6 @@ if __name__ == "__main__":
             fail(f"{str(e).splitlines()[0]}; what is complete stays: the same command goes on from there")
         except KeyboardInterrupt:
             fail("interrupted: the same command goes on from there")
+    if world > 1:
+        sys.stdout.flush()
+        os._exit(0)  # see the end of train.py

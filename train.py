@@ -11,6 +11,7 @@ writes into out_dir: last/, the checkpoint that --init_from=resume goes on from;
 of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the step, save and leave.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -45,7 +46,7 @@ from model import ScaleDown, ScaleDownConfig, read_config
 # i/o
 out_dir = "out"
 init_from = "scratch"  # or resume
-eval_only = False  # with resume: evaluate the checkpoint that lies in out_dir itself, such as out/toy/best, and stop
+eval_only = False  # evaluate the checkpoint that lies in out_dir itself, such as out/toy/best, and stop
 eval_interval = 500
 eval_examples = 1000  # validation loss on so many examples
 eval_samples = 100  # exact match and F1 of answers generated for so many of them
@@ -100,6 +101,8 @@ config = configure(globals())
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save Ctrl-C just quits
 if init_from not in ("scratch", "resume"):
     fail(f"init_from is scratch or resume, not '{init_from}'")
+if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+    fail(f"out_dir={out_dir} is not a folder")
 at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,
          log_interval=1, eval_samples=0, max_iters=0, epochs=0, seed=0, generator_lr=0, compressor_lr=0, warmup_ratio=0,
          weight_decay=0, beta1=0, beta2=0, grad_clip=0, rerank_lambda=0, peak_tflops=0)
@@ -155,7 +158,8 @@ if xla:
 if fsdp and (xla or "RANK" not in os.environ):
     fail("fsdp=True takes several processes (torchrun), and a device other than trainium or xla")
 if gradient_accumulation_steps % world:
-    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide among {world} processes")
+    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide among {world} processes: make it "
+         f"a multiple of {world}, and batch_size smaller for the same step")
 ctx = nullcontext() if dtype == "float32" else torch.autocast(kind, dtype=torch.bfloat16)
 
 
@@ -229,8 +233,10 @@ last, former, best, damaged = (f"{out_dir}/{name}" for name in ("last", "former"
 def broken(checkpoint):
     """What is wrong with the files of a checkpoint; None when they are those that were written."""
     try:
+        if not os.path.isdir(checkpoint):
+            return "is missing"
         with open(f"{checkpoint}/SHA256SUMS") as f:
-            sums = dict(reversed(line.split()) for line in f)
+            sums = {line[66:-1]: line[:64] for line in f}
         return next((f"{name} is not as it was written" for name in
                      ("adapter_config.json", "adapter_model.safetensors", "compressor.safetensors", "config.json",
                       "optimizer.pt") if file_sha256(f"{checkpoint}/{name}") != sums.get(name)), None)
@@ -247,14 +253,24 @@ def find_checkpoint():
     """Sees to it that the checkpoint in last/ is a good one: the one before takes the place of a damaged one."""
     if not os.path.isdir(last) and not os.path.isdir(former):
         fail(f"{out_dir} holds no checkpoint to resume from")
-    wrong = broken(last) if os.path.isdir(last) else "is missing"
-    if wrong:
+    if wrong := broken(last):
         if broken(former):
             fail(f"{last}: {wrong}; {former}: {broken(former)}: nothing to resume from")
         if os.path.isdir(last):
             put_aside(last, damaged)
         os.rename(former, last)
         say(f"{last}: {wrong}: the checkpoint before it is used")
+
+
+def copy_to_best():
+    """best/ as the checkpoint in last/, but for what is only there to resume from."""
+    shutil.rmtree(f"{best}.tmp", ignore_errors=True)
+    shutil.copytree(last, f"{best}.tmp", ignore=shutil.ignore_patterns("optimizer.pt", "SHA256SUMS"))
+    flush(f"{best}.tmp")
+    if os.path.isdir(best):
+        put_aside(best, f"{best}.old")
+    os.rename(f"{best}.tmp", best)
+    shutil.rmtree(f"{best}.old", ignore_errors=True)
 
 
 # what may change when a run is resumed: data as long as its contents are the same, batch_size and
@@ -265,7 +281,8 @@ may_differ = {*"""out_dir init_from eval_only eval_interval eval_examples eval_s
     peak_tflops""".split()}
 may_differ |= {"num_layers"} if compressor_type == "modernbert" else {"projection_hidden"}
 may_differ |= set() if enable_reranking else {"rerank_lambda"}
-run = {**config, "examples_per_step": examples_per_step, "sha256 of train_data": file_sha256(train_data)}
+run = {**config, "batch_size * gradient_accumulation_steps": examples_per_step,
+       "sha256 of train_data": file_sha256(train_data)}
 
 
 def compare_settings(saved):
@@ -286,21 +303,22 @@ if init_from == "resume" and not eval_only:
     host_sum(0)
     state = torch.load(f"{last}/optimizer.pt", map_location="cpu", weights_only=True)
     compare_settings(state["run"])
-elif not eval_only and (os.path.isdir(last) or os.path.isdir(former)):
+elif not eval_only and any(map(os.path.isdir, (last, former, best))):
     fail(f"{out_dir} holds a run already: --init_from=resume goes on with it; for a new one choose another --out_dir "
          "or remove the folder")
 torch.manual_seed(seed)
-step, evaluated, skipped, best_val_loss = 0, -1, 0, float("inf")
+step, evaluated, skipped, best_val_loss, is_best = 0, -1, 0, float("inf"), False
 names = ["loss", "generation", "reranking"][:2 + enable_reranking]
 window = dict(sums=torch.zeros(len(names), dtype=torch.float64), steps=0)  # since the last line of the log
 try:
     model = ScaleDown(ScaleDownConfig(**{name: config[name] for name in ScaleDownConfig.__dataclass_fields__}),
                       dtype=getattr(torch, dtype))
-    if init_from == "resume" and eval_only:
+    if eval_only:
         for name, value in read_config(out_dir)[0].items():
             if name not in ("generator", "compressor_model", "generator_identity") and value != config[name]:
                 fail(f"the checkpoint {out_dir} has {name}={value}, this run {name}={config[name]}")
         model.load(out_dir)
+        say(f"evaluating {out_dir}")
     elif init_from == "resume":
         model.load(last)
 except (ValueError, OSError) as e:
@@ -326,10 +344,11 @@ if init_from == "resume" and not eval_only:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
         if xla:  # the line above makes room by a step with learning rate 0, which is 0 / 0 when capturable
             model.load(last)
-    step, evaluated, skipped, best_val_loss = (state[x] for x in ("step", "evaluated", "skipped", "best_val_loss"))
-    window = state["window"]
+    step, evaluated, skipped, window = (state[name] for name in ("step", "evaluated", "skipped", "window"))
+    best_val_loss, is_best = state["best_val_loss"], state["is_best"]
     del state
-    say(f"resuming {out_dir} at step {step:,}")
+    say(f"resuming {out_dir} at step {step:,}"
+        + (f": it has done its {steps:,} steps, more epochs or max_iters go on" if step >= steps else ""))
 parameters = [p for p in model.parameters() if p.requires_grad]
 forward = torch.compile(model, backend="neuron" if kind == "neuron" else "inductor") if compile else model
 if ddp:
@@ -464,6 +483,7 @@ def flush(folder):
     with open(f"{folder}/SHA256SUMS", "w") as f:
         f.write(sums)
     for name in os.listdir(folder):
+        os.chmod(f"{folder}/{name}", 0o644)  # safetensors makes files that only their owner can read
         to_disk(f"{folder}/{name}")
     to_disk(folder)
 
@@ -482,16 +502,9 @@ def save(is_best):
     # asked for its state before its first step, torch would make that step
     moments = get_optimizer_state_dict(model, optimizer, options=whole) if optimizer.state else None
     state = dict(optimizer=moments, step=step, evaluated=evaluated, skipped=skipped, best_val_loss=best_val_loss,
-                 window=window, run=run)
+                 window=window, run=run, is_best=is_best)
     if rank == 0:
         with writing("the checkpoint"):
-            if is_best:  # first: a run that is resumed from the checkpoint before comes by here again
-                model.save(f"{best}.tmp", tensors)
-                flush(f"{best}.tmp")
-                if os.path.isdir(best):
-                    put_aside(best, f"{best}.old")
-                os.rename(f"{best}.tmp", best)
-                shutil.rmtree(f"{best}.old", ignore_errors=True)
             model.save(f"{last}.tmp", tensors)
             with open(f"{last}.tmp/optimizer.pt", "wb") as f:
                 torch.save(state, f)
@@ -500,6 +513,8 @@ def save(is_best):
                 put_aside(last, former)
             os.rename(f"{last}.tmp", last)
             to_disk(out_dir)
+            if is_best:
+                copy_to_best()
     host_sum(0)
     saved = step
 
@@ -518,6 +533,14 @@ def log(entry, more=""):
                   else f"{name} {value:.4f}" for name, value in entry.items()) + more)
 
 
+def step_of(line):
+    """The step of a line of metrics.jsonl; of what a crash has left of a line, none that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
 saved, stop, pending = step, None, []
 model.train()
 if eval_only:
@@ -528,14 +551,18 @@ if eval_only:
 if rank == 0:
     with writing("the folder"):
         os.makedirs(out_dir, exist_ok=True)
-        if os.path.isdir(f"{best}.old") and not os.path.isdir(best):  # a crash between two renames
-            os.rename(f"{best}.old", best)
-        for name in (f"{last}.tmp", f"{best}.tmp"):
-            shutil.rmtree(name, ignore_errors=True)
+        lock = open(f"{out_dir}/.lock", "a")  # held until this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # such as one that outlived a torchrun that was killed
+            fail(f"another train.py is at work in {out_dir}")
+        if is_best:
+            copy_to_best()  # it may have been killed when it was about to
+        shutil.rmtree(f"{last}.tmp", ignore_errors=True)
         kept = []
         if step > 0 and os.path.isfile(f"{out_dir}/metrics.jsonl"):  # what came after its checkpoint is said again
-            with open(f"{out_dir}/metrics.jsonl") as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+            with open(f"{out_dir}/metrics.jsonl", errors="replace") as f:
+                kept = [line for line in f if line.endswith("\n") and step_of(line) <= step]
         with open(f"{out_dir}/metrics.tmp", "w") as f:
             f.writelines(kept)
         to_disk(f"{out_dir}/metrics.tmp")

@@ -82,7 +82,7 @@ def tiny(tmp_path_factory):
         encoder = name in ENCODERS
         V = max(300, save_tokenizer(folder, template, encoder, sentencepiece=name == "mistral"))
         ends = dict(bos_token_id=3, eos_token_id=4, pad_token_id=None)
-        config = {
+        configs = {
             "llama": lambda: LlamaConfig(vocab_size=V, **DECODER, **ends),
             "llama_small": lambda: LlamaConfig(vocab_size=V, **{**DECODER, "hidden_size": 16}, **ends),
             "mistral": lambda: MistralConfig(vocab_size=V, **DECODER, **ends),
@@ -98,9 +98,9 @@ def tiny(tmp_path_factory):
             "splade": lambda: BertConfig(vocab_size=V, **ENCODER),
             "cross_encoder": lambda: DebertaV2Config(vocab_size=V, **ENCODER, **DEBERTA, num_labels=1),
             "two_labels": lambda: DebertaV2Config(vocab_size=V, **ENCODER, **DEBERTA, num_labels=2),
-        }[name]()
-        torch.manual_seed(len(made))
-        model = auto.from_config(config)
+        }
+        torch.manual_seed([*configs].index(name))  # the same model, whatever was made before
+        model = auto.from_config(configs[name]())
         with torch.no_grad():  # larger than the usual 0.02, so that what is wrong shows
             for p in model.parameters():
                 if p.dim() >= 2:

@@ -57,7 +57,7 @@ def test_eval_only_changes_nothing(job, trained):
     losses = {x["step"]: x["val_loss"] for x in metrics(out_dir) if "val_loss" in x}
     assert f"val_loss {losses[10]:.4f}" in out
     assert before == {f: os.stat(f"{out_dir}/{f}").st_mtime_ns for f in os.listdir(out_dir)}
-    out = run("train.py", *args, f"--out_dir={out_dir}/best", "--init_from=resume", "--eval_only=True")
+    out = run("train.py", *args, f"--out_dir={out_dir}/best", "--eval_only=True")
     assert f"val_loss {min(losses.values()):.4f}" in out
 
 
@@ -155,6 +155,7 @@ def test_bad_input_to_train(job, tmp_path):
                                                               "--query_tokens=9", ok=False)
     (tmp_path / "file").write_text("")
     assert "the folder could not be written: " in run("train.py", *args, f"--out_dir={tmp_path}/file/out", ok=False)
+    assert "file is not a folder" in run("train.py", *args, f"--out_dir={tmp_path}/file", ok=False)
 
 
 def test_bad_checkpoints(job, trained, tiny, tmp_path):

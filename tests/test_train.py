@@ -1,5 +1,6 @@
 """train.py in several processes, and runs that are stopped, killed, damaged or fed with rubbish."""
 
+import fcntl
 import json
 import math
 import os
@@ -30,7 +31,7 @@ def small(job, tmp_path_factory):
     rows = [{**EXAMPLES[i % 3], "query": f"{EXAMPLES[i % 3]['query']} {i}"} for i in range(50)]
     (folder / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
     return [*job[0], f"--train_data={folder}/train.jsonl", "--gradient_accumulation_steps=4", "--max_iters=20",
-            "--eval_interval=10", "--compressor_lr=3e-4", "--generator_lr=3e-4", "--lora_dropout=0.0"], folder
+            "--eval_interval=10", "--compressor_lr=2e-4", "--generator_lr=2e-4", "--lora_dropout=0.0"], folder
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +188,9 @@ def test_killed_between_the_renames_of_a_checkpoint(job, trained, tmp_path):
     args, out_dir, _ = job
     (tmp_path / "die.py").write_text(DIE)
     out = tmp_path / "out"
-    # killed before: the first last/ has its name; the second best/ has; the second last/; former/; the end
-    for n, left in ((6, {"best", "last.tmp"}), (11, {"best.old", "best.tmp", "last"}), (11, {"best", "former", "last.tmp"}),
-                    (10, {"best", "last", "last.tmp"})):
+    # killed before: the first last/ has its name; the second; the second best/; best/, when it is made up for
+    aside = {"best.old", "best.tmp", "former", "last"}
+    for n, left in ((3, {"last.tmp"}), (9, {"best", "former", "last.tmp"}), (15, aside), (2, aside)):
         assert start(f"{tmp_path}/die.py", str(n), "train.py", *args, f"--out_dir={out}", *resume_if_begun(out)).wait() == 9
         assert {name for name in os.listdir(out) if os.path.isdir(out / name)} == left
     run("train.py", *args, f"--out_dir={out}", *resume_if_begun(out))
@@ -256,12 +257,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_former(job, trained, tmp_path):
     assert "at step 5" in said and curve(out) == curve(out_dir)
     (out / "last/README").write_text("a file more does no harm")
     same_files(out / "last", f"{out_dir}/last")
-    assert "is used" not in run(*resume)
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write("half a li")
+    said = run(*resume)
+    assert "is used" not in said and "it has done its 10 steps" in said and curve(out) == curve(out_dir)
     assert (out / "damaged/compressor.safetensors").read_bytes() == content
     os.truncate(out / "last/optimizer.pt", 1000)
     os.remove(out / "former/config.json")
     said = run(*resume, ok=False)
     assert "last: optimizer.pt is not as it was written" in said and "former: [Errno 2]" in said and "config.json" in said
+    shutil.rmtree(out / "former")
+    assert "former: is missing: nothing to resume from" in run(*resume, ok=False)
 
 
 def test_a_full_disk_leaves_the_checkpoint(job, trained, tmp_path):
@@ -285,13 +291,16 @@ def test_a_full_disk_leaves_the_checkpoint(job, trained, tmp_path):
 def test_what_differs_from_the_checkpoint_is_named(job, trained, tmp_path):
     args, out_dir, _ = job
     said = run("train.py", *args, "--init_from=resume", "--seed=1", "--gradient_accumulation_steps=4", ok=False)
-    assert "seed=1337 (now 1), examples_per_step=4 (now 8): resume with its settings" in said
+    assert "seed=1337 (now 1), batch_size * gradient_accumulation_steps=4 (now 8): resume with its settings" in said
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(EXAMPLES[0]) + "\n" for _ in range(20)))
     said = run("train.py", *args, "--init_from=resume", f"--train_data={tmp_path / 'other.jsonl'}", ok=False)
     assert "sha256 of train_data=" in said
     said = run("train.py", *args, "--init_from=resume", "--projection_hidden=9", "--log_interval=3")
     assert f"not as in {out_dir}/last: log_interval=1 (now 3), projection_hidden=8096 (now 9)" in said
     assert "holds a run already: --init_from=resume goes on with it" in run("train.py", *args, ok=False)
+    with open(f"{out_dir}/.lock") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        assert f"another train.py is at work in {out_dir}" in run("train.py", *args, "--init_from=resume", ok=False)
 
 
 def test_a_loss_that_is_not_finite(job, tmp_path):
