@@ -513,10 +513,11 @@ def save(is_best):
                 put_aside(last, former)
             os.rename(f"{last}.tmp", last)
             to_disk(out_dir)
-            if is_best:
-                copy_to_best()
-    host_sum(0)
     saved = step
+    if rank == 0 and is_best:
+        with writing("best/"):
+            copy_to_best()
+    host_sum(0)  # the others wait
 
 
 def log(entry, more=""):
