@@ -36,7 +36,7 @@ def xla_args(job, tiny, tmp_path_factory):
     return folder, [*args, "--max_iters=20", "--eval_interval=10", "--log_interval=2", "--lora_dropout=0.0",
                     "--doc_tokens=16", "--query_tokens=16", f"--compressor_model={tiny('modernbert')}",
                     "--projection_hidden=16",
-                    "--compressor_lr=3e-3", "--generator_lr=3e-3"]
+                    "--compressor_lr=1e-3", "--generator_lr=1e-3"]
 
 
 def run_xla(*args, devices=1):
