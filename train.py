@@ -683,4 +683,4 @@ if sample_at_end and not stopping and rank == 0:
 if world > 1:
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # beside Gloo's threads an interpreter that shuts down aborts now and then (seen in 2 of some 150 runs)
+    os._exit(0)  # beside Gloo's threads an interpreter that shuts down now and then aborts
