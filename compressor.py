@@ -7,12 +7,27 @@ The compressors of OSCAR (arXiv 2504.07109, section 3): a query and k documents 
 
 B queries, k documents each, l memory tokens a document, d the generator's hidden size. Everything is padded on the
 left, so that the memory tokens always stand last: a slice takes them out.
+
+A causal backbone (a decoder) reads the query once. The query comes first, so its keys and values do not depend on the
+document, and all k documents are packed behind one reading of it,
+
+    [query | doc_1 MEM_1..l RR | doc_2 MEM_1..l RR | ... | doc_k MEM_1..l RR]        T = Q + k * S positions
+
+where a token sees the query and, causally, its own block, and positions restart behind the query in every block: the
+same numbers as k separate passes over [query doc MEM RR]. An encoder looks both ways and reads k separate rows.
 """
+
+import inspect
+import sys
+from contextlib import suppress
+from functools import partial
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer, logging
 
 
 def left_pad(rows, width=1):
@@ -31,8 +46,105 @@ def embedding_std(embed):
         return embed(torch.arange(min(1000, embed.num_embeddings))).float().std().item()
 
 
+def layer_list(backbone):
+    return next(m for m in backbone.modules() if isinstance(m, nn.ModuleList)
+                and len(m) == backbone.config.num_hidden_layers)
+
+
+# ---- attention over the packed sequence, in the place of transformers' own
+
+def beside_query(x, Q, k):
+    """Every document's block with the query before it: (B, G, Q + k * S, c) -> (B * k, G, Q + S, c)."""
+    query, blocks = x[:, :, None, :Q], x[:, :, Q:].unflatten(2, (k, -1))
+    return torch.cat([query.expand(-1, -1, k, -1, -1), blocks], dim=3).transpose(1, 2).flatten(0, 1)
+
+
+def attend(module, q, k, v, mask, eager, scaling, dropout, **kwargs):
+    """q (R, H, L, c), k and v (R, G, L', c), G dividing H, mask (R, 1, L, L') -> (R, L, H, c)"""
+    if eager:  # a model's own: Gemma 2 caps the logits, and PyTorch/XLA's autocast knows no other
+        mask = torch.zeros(mask.shape, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
+        attention = sys.modules[type(module).__module__].eager_attention_forward
+        return attention(module, q, k, v, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
+    # the H / G heads that share keys and values are more rows of one head: nothing is copied for them but the mask
+    (G, L), shared = (k.shape[1], q.shape[2]), q.shape[1] // k.shape[1]
+    y = F.scaled_dot_product_attention(q.unflatten(1, (G, shared)).flatten(2, 3), k, v, mask.repeat(1, 1, shared, 1),
+                                       dropout_p=dropout, scale=scaling)
+    return y.unflatten(2, (shared, L)).flatten(1, 2).transpose(1, 2)
+
+
+def packed_attention(module, q, k, v, mask, eager, scaling=None, dropout=0.0, **kwargs):
+    """What transformers calls in every layer. q (B, H, T, c), k and v (B, G, T, c), mask (B * k, 1, S, Q + S), which
+    says what a block sees of the query and of itself -> (B, T, H, c). The query attends to itself, and the blocks, as
+    rows, to the query and themselves: Q^2 + k * S * (Q + S) products where a mask over the whole would take T^2."""
+    S, Q = mask.shape[2], mask.shape[3] - mask.shape[2]
+    attention = partial(attend, module, eager=eager, scaling=scaling, dropout=dropout, **kwargs)
+    if len(q) == len(mask) and q.shape[2] == S:  # the last layer's, rows already
+        return attention(q, k, v, mask), None
+    B, documents = len(q), len(mask) // len(q)
+    causal = torch.ones(Q, Q, dtype=torch.bool, device=q.device).tril()
+    itself = torch.eye(Q, dtype=torch.bool, device=q.device)
+    query_mask = mask[::documents, :, -1:, :Q] & causal | itself  # (B, 1, Q, Q)
+    y_query = attention(q[:, :, :Q], k[:, :, :Q], v[:, :, :Q], query_mask)
+    blocks = q[:, :, Q:].unflatten(2, (documents, S)).transpose(1, 2).flatten(0, 1)  # (B * k, H, S, c)
+    y = attention(blocks, beside_query(k, Q, documents), beside_query(v, Q, documents), mask)  # (B * k, S, H, c)
+    return torch.cat([y_query, y.reshape(B, documents * S, *y.shape[2:])], dim=1), None
+
+
+AttentionInterface.register("packed_sdpa", partial(packed_attention, eager=False))
+AttentionInterface.register("packed_eager", partial(packed_attention, eager=True))
+
+
+class KeysAndValues:
+    """What the last layer takes for its cache: a first call stops where it hands over the keys and values of all
+    positions, a second one gets them back."""
+
+    class Taken(Exception):
+        pass
+
+    kept = None
+
+    def update(self, k, v, *_, **__):
+        if self.kept is None:
+            self.kept = k, v
+            raise self.Taken
+        return self.kept
+
+
+def only_memory(layer, n):
+    """Makes a decoder layer compute its output for the last n positions of every block alone, MEM and RR, which is all
+    that anything reads of the last layer; elsewhere its output is 0. The others get no further than keys and values
+    (and the queries that layers compute along with them: a hundredth of what 8 layers of Mistral-7B cost)."""
+    call = inspect.unwrap(type(layer).forward)
+    signature = inspect.signature(call)
+    # transformers' layers name it in three ways
+    cache_name = next(name for name in ("cache", "past_key_values", "layer_past") if name in signature.parameters)
+
+    def forward(layer, *args, **kwargs):
+        bound = signature.bind(layer, *args, **kwargs)
+        x, mask = bound.arguments["hidden_states"], bound.arguments["attention_mask"]
+        B, k, S, Q = len(x), len(mask) // len(x), mask.shape[2], mask.shape[3] - mask.shape[2]
+
+        def cut(a):
+            """Of what has a value for every position, (B, T, ..), those of MEM and RR: (B * k, n, ..)"""
+            if isinstance(a, torch.Tensor) and a.shape[:2] == x.shape[:2]:
+                return a[:, Q:].unflatten(1, (k, S))[:, :, -n:].flatten(0, 1)
+            return a
+
+        cache = bound.arguments[cache_name] = KeysAndValues()
+        with suppress(KeysAndValues.Taken):
+            call(*bound.args, **bound.kwargs)
+        cache.kept = [beside_query(t, Q, k) for t in cache.kept]
+        bound.arguments.update(tree_map(cut, dict(bound.arguments)), attention_mask=mask[:, :, -n:])
+        out = call(*bound.args, **bound.kwargs)
+        h = out[0] if isinstance(out, tuple) else out  # (B * k, n, d)
+        h = F.pad(F.pad(h, (0, 0, S - n, 0)).reshape(B, k * S, -1), (0, 0, Q, 0))  # (B, T, d)
+        return (h, *out[1:]) if isinstance(out, tuple) else h
+
+    layer.forward = MethodType(forward, layer)
+
+
 class Compressor(nn.Module):
-    """What both compressors share: the tokeniser, the learned tokens, the score head.
+    """What both compressors share: the tokeniser, the learned tokens, how they read, the score head.
 
     Raises ValueError when query, document and memory tokens do not fit into the backbone's longest sequence."""
 
@@ -48,6 +160,7 @@ class Compressor(nn.Module):
         if enable_reranking:
             self.rr_token = nn.Parameter(std * torch.randn(1, width))
             self.score_head = nn.Linear(backbone.config.hidden_size, 1)
+        self.projection = nn.Identity()
         # [CLS] query [SEP] document [SEP] for an encoder, BOS query \n document for a decoder
         t = tokenizer
         start = t.cls_token_id if t.cls_token_id is not None else t.bos_token_id
@@ -60,38 +173,93 @@ class Compressor(nn.Module):
         # RoBERTa and its kin count positions from padding_idx + 1
         table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
         self.first_position = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
-        limit = (getattr(backbone.config, "max_position_embeddings", None) or self.longest) - self.first_position
+        config = backbone.config
+        limit = (getattr(config, "max_position_embeddings", None) or self.longest) - self.first_position
         if self.longest > limit:
             raise ValueError(f"query, document and memory tokens ({self.longest}) are longer than the compressor's "
                              f"{limit} positions: lower doc_tokens or query_tokens")
+        # the packed mask knows no window, and some old architectures have no attention but their own
+        self.packed = (any(getattr(m, "is_causal", False) for m in backbone.modules()) and not other_layers(config)
+                       and self.longest <= (getattr(config, "sliding_window", None) or self.longest)
+                       and backbone._can_set_attn_implementation())
+        if self.packed:
+            backbone.set_attn_implementation(f"packed_{config._attn_implementation}")
+            only_memory(layer_list(backbone)[-1], num_memory_tokens + enable_reranking)
 
     def tokens(self, texts, max_tokens):
         """The first max_tokens token ids of each text, no special tokens."""
         return self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens).input_ids
 
+    def tokenize(self, queries, documents, k, fixed=False):
+        """B queries, B lists of at most k document texts -> the tensors that forward() takes. A document that is
+        missing is read as an empty one. fixed: every batch has the same, the largest, shape."""
+        queries = [self.start + q + self.between for q in self.tokens(queries, self.query_tokens)]
+        texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
+        docs = [d + self.end for d in self.tokens(texts, self.doc_tokens)]
+        longest_query = len(self.start + self.between) + self.query_tokens
+        longest_doc = self.doc_tokens + len(self.end)
+        B = len(queries)
+        if not self.packed:
+            rows = [queries[i // k] + d for i, d in enumerate(docs)]
+            ids, mask = left_pad(rows, longest_query + longest_doc if fixed else 1)
+            return dict(ids=ids.view(B, k, -1), mask=mask.view(B, k, -1))  # (B, k, T)
+        query_ids, query_mask = left_pad(queries, longest_query if fixed else 1)
+        doc_ids, doc_mask = left_pad(docs, longest_doc if fixed else 1)
+        return dict(query_ids=query_ids, query_mask=query_mask,  # (B, Q)
+                    doc_ids=doc_ids.view(B, k, -1), doc_mask=doc_mask.view(B, k, -1))  # (B, k, D)
+
     def learned_tokens(self):
-        """MEM_1 .. MEM_l and, when reranking, RR: (l [+ 1], hidden)."""
+        """MEM_1 .. MEM_l and, when reranking, RR: (n, hidden), n = l [+ 1]."""
         return torch.cat([self.memory_tokens, self.rr_token]) if self.enable_reranking else self.memory_tokens
 
-    def scores(self, h):
-        """Hidden states at MEM and RR (B, k, l + 1, hidden) -> relevance scores (B, k); None when not reranking."""
-        return self.score_head(h[:, :, -1]).squeeze(-1) if self.enable_reranking else None
+    def forward(self, **batch):
+        """What tokenize() returns -> memory (B, k, l, d), scores (B, k) or None"""
+        h = (self.read_packed if self.packed else self.read_rows)(self.learned_tokens(), **batch)  # (B, k, n, hidden)
+        scores = self.score_head(h[:, :, -1]).squeeze(-1) if self.enable_reranking else None
+        return self.projection(h[:, :, :self.num_memory_tokens]), scores
+
+    def read_packed(self, learned, query_ids, query_mask, doc_ids, doc_mask):
+        """(n, hidden), (B, Q), (B, Q), (B, k, D), (B, k, D) -> hidden states at MEM and RR (B, k, n, hidden)"""
+        (B, k, D), Q, n = doc_ids.shape, query_ids.shape[1], len(learned)
+        embed = self.backbone.get_input_embeddings()
+        blocks = torch.cat([embed(doc_ids), learned.expand(B, k, -1, -1)], dim=2)  # (B, k, S, hidden), S = D + n
+        x = torch.cat([embed(query_ids), blocks.flatten(1, 2)], dim=1)  # (B, T, hidden), T = Q + k * S
+
+        real = F.pad(doc_mask, (0, n), value=True)  # (B, k, S)
+        query_positions = query_mask.long().cumsum(1) - 1  # (B, Q)
+        positions = query_positions[:, -1:, None] + real.long().cumsum(2)  # restart after the query in every block
+        positions = torch.cat([query_positions, positions.flatten(1)], dim=1).clamp(min=0)  # (B, T)
+
+        causal = torch.ones(D + n, D + n, dtype=torch.bool, device=x.device).tril()
+        itself = torch.eye(D + n, dtype=torch.bool, device=x.device)  # padding, too: a softmax over nothing is NaN
+        block = real[:, :, None] & causal | itself  # (B, k, S, S), rows look at columns
+        query = query_mask[:, None, None].expand(B, k, D + n, Q)
+        mask = torch.cat([query, block], dim=3).flatten(0, 1)[:, None]  # (B * k, 1, S, Q + S)
+        h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state
+        return h[:, Q:].unflatten(1, (k, D + n))[:, :, D:]
+
+    def read_rows(self, learned, ids, mask):
+        """(n, hidden), (B, k, T), (B, k, T) -> hidden states at MEM and RR (B, k, n, hidden)"""
+        B, k, T = ids.shape
+        x = torch.cat([self.backbone.get_input_embeddings()(ids), learned.expand(B, k, -1, -1)], dim=2).flatten(0, 1)
+        mask = F.pad(mask, (0, len(learned)), value=True).flatten(0, 1)  # (B * k, T + n)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0) + self.first_position
+        h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state
+        return h[:, T:].unflatten(0, (B, k))
+
+
+def other_layers(config):
+    """The kinds of layers that are not attention decided by a mask and position ids: a recurrence or a convolution
+    would carry one document over into the next."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", [])
+    return {*kinds} - {"full_attention", "sliding_attention", "global"}
 
 
 class NLayersCompressor(Compressor):
     """The first N layers of the generator, with its final norm but no head (paper, section 3: "OSCAR-N-Layers").
 
-    The layers are causal and the query comes first, so its keys and values do not depend on the document. All k
-    documents are therefore packed behind one reading of the query,
-
-        [query | doc_1 MEM_1..l RR | doc_2 MEM_1..l RR | ... | doc_k MEM_1..l RR]
-
-    where a token sees the query and, causally, its own block, and positions restart behind the query in every block:
-    the same numbers as k separate passes over [query doc MEM RR], but the query is computed once.
-
     Raises ValueError where num_layers is not within the generator's, or its layers are not all of attention that a
-    mask and position ids decide.
-    """
+    mask and position ids decide."""
 
     def __init__(self, generator, num_layers=8, num_memory_tokens=8, enable_reranking=False, query_tokens=64,
                  doc_tokens=128):
@@ -101,9 +269,7 @@ class NLayersCompressor(Compressor):
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):  # models that mix full and sliding attention name each layer's kind
             config.layer_types = config.layer_types[:num_layers]
-        kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", [])
-        other = {*kinds} - {"full_attention", "sliding_attention", "global"}
-        if other:  # a recurrence or a convolution would carry one document over into the next
+        if other := other_layers(config):
             raise ValueError(f"{generator} has layers of type {other.pop()}: n_layers needs plain attention in all")
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # or a table of the layers beyond N, which are left out on purpose
@@ -111,59 +277,14 @@ class NLayersCompressor(Compressor):
         logging.set_verbosity(verbosity)
         super().__init__(AutoTokenizer.from_pretrained(generator), backbone, num_memory_tokens, enable_reranking,
                          query_tokens, doc_tokens)
-        window = getattr(config, "sliding_window", None) or self.longest
-        if self.longest > window:  # the mask below knows no window
-            raise ValueError(f"query, document and memory tokens ({self.longest}) are longer than the attention window "
-                             f"of {generator} ({window}): lower doc_tokens or query_tokens")
-
-    def tokenize(self, queries, documents, k, fixed=False):
-        """B queries, B lists of at most k document texts -> the tensors that forward() takes. A document that is
-        missing is a block of padding. fixed: every batch has the same, the largest, shape."""
-        rows = [self.start + q + self.between for q in self.tokens(queries, self.query_tokens)]
-        query_ids, query_mask = left_pad(rows, len(self.start + self.between) + self.query_tokens if fixed else 1)
-        texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
-        rows = [d + self.end for d in self.tokens(texts, self.doc_tokens)]
-        doc_ids, doc_mask = left_pad(rows, self.doc_tokens + len(self.end) if fixed else 1)
-        B = len(queries)
-        return dict(query_ids=query_ids, query_mask=query_mask,  # (B, Q)
-                    doc_ids=doc_ids.view(B, k, -1), doc_mask=doc_mask.view(B, k, -1))  # (B, k, D)
-
-    def forward(self, query_ids, query_mask, doc_ids, doc_mask):
-        """(B, Q), (B, Q), (B, k, D), (B, k, D) -> memory (B, k, l, d), scores (B, k) or None"""
-        (B, k, D), Q = doc_ids.shape, query_ids.shape[1]
-        learned = self.learned_tokens()
-        S = D + len(learned)  # the length of a document's block
-        embed = self.backbone.get_input_embeddings()
-        blocks = torch.cat([embed(doc_ids), learned.expand(B, k, -1, -1)], dim=2)  # (B, k, S, d)
-        x = torch.cat([embed(query_ids), blocks.flatten(1, 2)], dim=1)  # (B, T, d), T = Q + k * S
-
-        real = F.pad(doc_mask, (0, len(learned)), value=True)  # (B, k, S)
-        query_positions = query_mask.long().cumsum(1) - 1  # (B, Q)
-        positions = query_positions[:, -1:, None] + real.long().cumsum(2)  # restart after the query in every block
-        positions = torch.cat([query_positions, positions.flatten(1)], dim=1).clamp(min=0)  # (B, T)
-
-        i = torch.arange(Q + k * S, device=x.device)
-        block = (i - Q).div(S, rounding_mode="floor").clamp(min=-1)  # -1 = the query
-        sees = (i[:, None] >= i) & ((block == -1) | (block[:, None] == block))  # (T, T), rows look at columns
-        keys = torch.cat([query_mask, real.flatten(1)], dim=1)  # (B, T)
-        # padding sees itself: a softmax over nothing is NaN
-        mask = (sees & keys[:, None] | torch.eye(len(i), dtype=torch.bool, device=x.device))[:, None]  # (B, 1, T, T)
-
-        if self.backbone.config._attn_implementation == "eager":  # Gemma 2: adds the mask to the attention's logits
-            mask = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
-        h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions)
-        h = h.last_hidden_state[:, Q:].unflatten(1, (k, S))[:, :, D:]  # (B, k, l [+ 1], d)
-        return h[:, :, :self.num_memory_tokens], self.scores(h)
 
 
 class ModernBERTCompressor(Compressor):
-    """An encoder that reads `[CLS] query [SEP] document [SEP] MEM_1..l RR`, every document as a row of its own
-    (attention looks both ways, so there is no reading of the query to share), and a projection Linear, ReLU, Linear to
-    the generator's hidden size (paper, section 3 and appendix J).
+    """An encoder that reads `[CLS] query [SEP] document [SEP] MEM_1..l RR`, every document as a row of its own, and a
+    projection Linear, ReLU, Linear to the generator's hidden size (paper, section 3 and appendix J).
 
     compressor_model: any encoder (answerdotai/ModernBERT-base) or a small decoder (meta-llama/Llama-3.2-1B-Instruct,
-    the paper's OSCAR-llama), by name or folder.
-    """
+    the paper's OSCAR-llama), by name or folder."""
 
     def __init__(self, compressor_model, generator_hidden, projection_hidden=8096, num_memory_tokens=8,
                  enable_reranking=False, query_tokens=64, doc_tokens=128):
@@ -174,25 +295,3 @@ class ModernBERTCompressor(Compressor):
                          enable_reranking, query_tokens, doc_tokens)
         self.projection = nn.Sequential(nn.Linear(backbone.config.hidden_size, projection_hidden), nn.ReLU(),
                                         nn.Linear(projection_hidden, generator_hidden))
-
-    def tokenize(self, queries, documents, k, fixed=False):
-        """B queries, B lists of at most k document texts -> the tensors that forward() takes. A document that is
-        missing is read as an empty one. fixed: every batch has the same, the largest, shape."""
-        texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
-        docs = self.tokens(texts, self.doc_tokens)
-        rows = [self.start + q + self.between for q in self.tokens(queries, self.query_tokens) for _ in range(k)]
-        rows = [q + d + self.end for q, d in zip(rows, docs)]
-        ids, mask = left_pad(rows, self.longest - self.num_memory_tokens - self.enable_reranking if fixed else 1)
-        B = len(queries)
-        return dict(ids=ids.view(B, k, -1), mask=mask.view(B, k, -1))  # (B, k, T)
-
-    def forward(self, ids, mask):
-        """(B, k, T), (B, k, T) -> memory (B, k, l, d), scores (B, k) or None"""
-        B, k, T = ids.shape
-        learned = self.learned_tokens()
-        x = torch.cat([self.backbone.get_input_embeddings()(ids), learned.expand(B, k, -1, -1)], dim=2).flatten(0, 1)
-        mask = F.pad(mask, (0, len(learned)), value=True).flatten(0, 1)  # (B * k, T + l [+ 1])
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0) + self.first_position
-        h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions)
-        h = h.last_hidden_state[:, T:].unflatten(0, (B, k))  # (B, k, l [+ 1], hidden)
-        return self.projection(h[:, :, :self.num_memory_tokens]), self.scores(h)

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, left_pad
+from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, layer_list, left_pad, other_layers
 from lora import adapter_off, apply_lora, load_lora, load_tensors, save_lora
 
 SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
@@ -130,6 +130,25 @@ class ScaleDownConfig:
     lora_dropout: float = 0.1
 
 
+class KVCache:
+    """Keys and values of a prompt and its answer, in tensors of their final size: no step copies what is there, and
+    every step has the same shapes (CUDA graphs, XLA). Where a step writes, `slots` says. It stands in for transformers'
+    own, of which attention layers use no more than this."""
+
+    def __init__(self, length):
+        self.length, self.layers = length, {}  # layer -> keys, values (B, G, length, c)
+
+    def update(self, k, v, layer, *_, **__):
+        if layer not in self.layers:
+            self.layers[layer] = tuple(t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept.index_copy_(2, self.slots, new)
+        return self.layers[layer]
+
+    def get_seq_length(self, *_):
+        return 0
+
+
 class ScaleDown(nn.Module):
     """Answers to queries over documents that the compressor has turned into embeddings (paper, section 3)."""
 
@@ -144,10 +163,12 @@ class ScaleDown(nn.Module):
         shape = self.generator.config
         if "position_ids" not in signature(self.generator.forward).parameters or getattr(shape, "alibi", False):
             raise ValueError(f"{c.generator} takes no position ids (ALiBi, or a recurrence), which are needed here")
+        if other := other_layers(shape):
+            raise ValueError(f"{c.generator} has layers of type {other.pop()}: all must be of plain attention")
         embed = self.generator.get_input_embeddings()
         hidden = embed.embedding_dim
         # what tells the generator of a checkpoint from another one, wherever its folder lies and whatever its dtype
-        rows = embed.weight[:64].detach().bfloat16().view(torch.int16).numpy()
+        rows = embed.weight[:64].detach().cpu().bfloat16().view(torch.int16).numpy()
         self.generator_identity = dict(model_type=shape.model_type, hidden_size=hidden,
                                        num_hidden_layers=shape.num_hidden_layers, vocab_size=shape.vocab_size,
                                        embeddings_sha256=sha256(rows.tobytes()).hexdigest()[:16])
@@ -164,6 +185,9 @@ class ScaleDown(nn.Module):
             raise ValueError(f"compressor_type is n_layers or modernbert, not '{c.compressor_type}'")
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, hidden))  # stands between two documents
         self.register_buffer("before_ids", torch.tensor(self.prompt.ids(self.prompt.before)), persistent=False)
+        self.kept_beginning = None, None
+        # transformers renamed past_key_values to cache in 5.24
+        self.cache_name = "cache" if "cache" in signature(self.generator.forward).parameters else "past_key_values"
         self.tail_tokens = len(self.prompt.ids(self.prompt.between + self.prompt.after))
         eos = self.generator.generation_config.eos_token_id
         self.stop_ids = [self.prompt.end_id] + (eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -173,6 +197,12 @@ class ScaleDown(nn.Module):
         self.lora_weights = sum(p.numel() for p in self.generator.parameters() if p.requires_grad)
         self.compressor_weights = count(self.compressor.backbone)
         self.memory_weights = count(self.compressor) - self.compressor_weights  # read memory tokens only
+        if self.compressor.packed:  # and so does what comes behind queries, keys and values in its last layer
+            layer = layer_list(self.compressor.backbone)[-1]
+            attention = next(m for m in layer.modules() if hasattr(m, "is_causal"))
+            *first, _ = [m.weight.numel() for m in attention.modules() if isinstance(m, (nn.Linear, Conv1D))]
+            self.memory_weights += count(layer) - sum(first)
+            self.compressor_weights -= count(layer) - sum(first)
 
     @property
     def device(self):
@@ -291,10 +321,13 @@ class ScaleDown(nn.Module):
                 for q, docs in zip(queries, documents)]
 
     @torch.no_grad()
-    def embed_prompts(self, queries, documents, mode="compressed"):
-        """B queries and B lists of documents -> what the generator reads: embeddings (B, P, d) and mask (B, P)."""
+    def embed_prompts(self, queries, documents, mode="compressed", num_documents=None):
+        """B queries and B lists of documents -> what the generator reads: embeddings (B, P, d) and mask (B, P). On XLA
+        and TorchNeuron of one shape for all queries, given num_documents."""
         if mode == "compressed":
-            batch = self.to_device(self.collate([dict(query=q, documents=d) for q, d in zip(queries, documents)]))
+            examples = [dict(query=q, documents=d) for q, d in zip(queries, documents)]
+            fixed = self.device.type in ("xla", "neuron")
+            batch = self.to_device(self.collate(examples, num_documents, fixed))
             return self.prompt_embeddings(self.compressor(**batch["compressor"])[0], batch)
         if not all(q.strip() for q in queries):
             raise ValueError("empty query")
@@ -303,8 +336,9 @@ class ScaleDown(nn.Module):
         ids, mask = left_pad(self.prompt.ids(self.full_prompts(queries, documents, mode)))
         return self.generator.get_input_embeddings()(ids.to(self.device)), mask.to(self.device)
 
-    def generate(self, queries, documents, max_new_tokens=None, temperature=0.0, top_k=0, mode="compressed"):
-        """Answers (B strings) to B queries over B lists of documents.
+    def generate(self, queries, documents, max_new_tokens=None, temperature=0.0, top_k=0, mode="compressed",
+                 num_documents=None):
+        """Answers (B strings) to B queries over B lists of documents. num_documents: as in collate().
 
         mode: compressed; full (the same prompt with the documents' text, adapter off: the uncompressed model); none (no
         documents, adapter off). temperature 0 is greedy; top_k 0 samples from all tokens. max_new_tokens: answer_tokens
@@ -313,25 +347,63 @@ class ScaleDown(nn.Module):
         """
         if mode not in ("compressed", "full", "none"):
             raise ValueError(f"mode is compressed, full or none, not '{mode}'")
-        with self.evaluating(), nullcontext() if mode == "compressed" else adapter_off(self.generator):
-            x, mask = self.embed_prompts(queries, documents, mode)
-            return self.decode(x, mask, max_new_tokens or self.config.answer_tokens, temperature, top_k)
+        with torch.no_grad(), self.evaluating(), nullcontext() if mode == "compressed" else adapter_off(self.generator):
+            x, mask = self.embed_prompts(queries, documents, mode, num_documents)
+            return self.decode(x, mask, max_new_tokens or self.config.answer_tokens, temperature, top_k,
+                               self.beginning() if mode == "compressed" and self.device.type != "xla" else None)
+
+    def read(self, x, slots, real, positions, cache):
+        """The generator's next step: embeddings x (B, L, d) that stand at slots (L,) of the cache -> logits (B, V) at
+        the last of them. real (B, length): no padding; positions (B, length)."""
+        config = self.generator.config
+        every = torch.arange(cache.length, device=x.device)
+        sees = real[:, None, None] & (every <= slots[:, None]) | (every == slots[:, None])  # (B, 1, L, length)
+        here = positions[:, slots]  # (B, L)
+        window = getattr(config, "sliding_window", None) or cache.length
+        near = here[:, None, :, None] - positions[:, None, None] < window
+        masks = {"full_attention": sees, "sliding_attention": sees & near}
+        if config._attn_implementation == "eager":  # adds the mask to the attention's logits
+            masks = {kind: torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(
+                ~mask, torch.finfo(x.dtype).min) for kind, mask in masks.items()}
+        kinds = {*(getattr(config, "layer_types", None) or ["sliding_attention"])}
+        cache.slots = slots
+        out = self.generator(inputs_embeds=x, attention_mask=masks if len(kinds) > 1 else masks[kinds.pop()],
+                             position_ids=here, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
+        return out.logits[:, -1].float()
+
+    def beginning(self):
+        """Keys and values of what every compressed prompt begins with: computed once, and again when a weight of the
+        generator has changed."""
+        version = (self.device, torch.is_autocast_enabled(self.device.type),
+                   sum(p._version for p in self.generator.parameters()))
+        if self.kept_beginning[0] != version:
+            x = self.generator.get_input_embeddings()(self.before_ids)[None]
+            slots, cache = torch.arange(x.shape[1], device=x.device), KVCache(x.shape[1])
+            self.read(x, slots, torch.ones_like(slots, dtype=torch.bool)[None], slots[None], cache)
+            self.kept_beginning = version, cache.layers
+        return self.kept_beginning[1]
 
     @torch.no_grad()
-    def decode(self, x, mask, max_new_tokens, temperature, top_k):
-        """Prompt embeddings x (B, P, d) and mask (B, P) -> B answers, token by token with a key-value cache."""
-        self.check_length(x.shape[1] + max_new_tokens)
+    def decode(self, x, mask, max_new_tokens, temperature, top_k, beginning=None):
+        """Prompt embeddings x (B, P, d) and mask (B, P) -> B answers, token by token with a key-value cache. beginning:
+        keys and values of the first positions, which every row has in common. On XLA two graphs are all: the prompt's
+        and a token's."""
+        (B, P), length = mask.shape, mask.shape[1] + max_new_tokens
+        self.check_length(length)
+        if x.device.type == "xla":
+            import torch_xla.core.xla_model as xm
         embed = self.generator.get_input_embeddings()
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        # transformers renamed past_key_values to cache in 5.24
-        name = "cache" if "cache" in signature(self.generator.forward).parameters else "past_key_values"
-        cache, tokens = None, []
-        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        stop = torch.tensor(self.stop_ids, device=x.device)
-        for _ in range(max_new_tokens):
-            out = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=True,
-                                 logits_to_keep=1, **{name: cache})
-            logits, cache = out.logits[:, -1].float(), out[name]
+        real = F.pad(mask, (0, max_new_tokens), value=True)
+        positions = (real.long().cumsum(1) - 1).clamp(min=0)
+        cache, known = KVCache(length), 0
+        for layer, kept in (beginning or {}).items():
+            known = kept[0].shape[2]
+            cache.layers[layer] = tuple(F.pad(t, (0, 0, 0, length - known)).repeat(B, 1, 1, 1) for t in kept)
+        x, slots, tokens = x[:, known:], torch.arange(known, P, device=x.device), []
+        done = torch.zeros(B, dtype=torch.bool)
+        stop = torch.tensor(self.stop_ids)
+        for slot in range(P, length):
+            logits = self.read(x, slots, real, positions, cache)
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
@@ -339,12 +411,14 @@ class ScaleDown(nn.Module):
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, float("-inf"))
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1).squeeze(1)
-            done = done | torch.isin(token, stop)
-            tokens.append(token.masked_fill(done, self.prompt.end_id))
+            if x.device.type == "xla":
+                xm.mark_step()
+            tokens.append(token.cpu())
+            done = done | torch.isin(tokens[-1], stop)
+            tokens[-1] = tokens[-1].masked_fill(done, self.prompt.end_id)
             if done.all():
                 break
-            x, positions = embed(token)[:, None], positions[:, -1:] + 1
-            mask = F.pad(mask, (0, 1), value=True)
+            x, slots = embed(token)[:, None], torch.tensor([slot], device=x.device)
         rows = torch.stack(tokens, 1).tolist()
         rows = [row[:row.index(self.prompt.end_id)] if self.prompt.end_id in row else row for row in rows]
         return [a.strip() for a in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
@@ -381,10 +455,8 @@ class ScaleDown(nn.Module):
         weights stay until the backward pass); what is no layer (embeddings, head, projection) is gathered for the
         whole pass."""
         for backbone in (self.generator, self.compressor.backbone):
-            for module in backbone.modules():
-                if isinstance(module, nn.ModuleList) and len(module) == backbone.config.num_hidden_layers:
-                    for layer in module:
-                        fully_shard(layer, mesh=mesh)
+            for layer in layer_list(backbone):
+                fully_shard(layer, mesh=mesh)
         fully_shard(self, mesh=mesh, reshard_after_forward=True)
         register_fsdp_forward_method(self, "generate")
 

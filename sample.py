@@ -107,6 +107,8 @@ def answer(part, mode):
 if data:
     if not all("answer" in x or x.get("answers") for x in examples):
         fail(f"{data}: an example has neither 'answer' nor 'answers' to score against")
+    # alike beside alike: less padding
+    examples.sort(key=lambda x: len(x["query"]) + sum(len(document_text(d)) for d in x["documents"]))
     scores = {}
     for mode in ("compressed", "full", "none"):
         answers = []

@@ -195,10 +195,11 @@ except (ValueError, OSError) as e:
     fail(e)
 examples_per_step = batch_size * gradient_accumulation_steps
 steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
+length = lambda x: len(x["query"] + x["answer"])  # what tells examples apart; documents are mostly cut to doc_tokens
 val_examples = [val_set[i] for i in range(min(eval_examples, len(val_set)))]
-# devices that compile what they run get batches of one shape, and no generation, which grows token by token
-fixed = kind in ("xla", "neuron")
-samples = [] if fixed else val_examples[:eval_samples]
+fixed = kind in ("xla", "neuron")  # devices that compile what they run get batches of one shape
+samples = sorted(val_examples[:eval_samples], key=length)
+val_examples.sort(key=length)  # alike beside alike: less padding
 
 
 @lru_cache(maxsize=2)
@@ -207,10 +208,12 @@ def epoch_order(epoch):
 
 
 def step_examples(step):
-    """The numbers of a step's examples: every epoch is a permutation that depends on the seed alone, so that a resumed
-    run and any number of processes see the same examples at the same step. Process r takes [r::world]."""
+    """(number, example) of a step's examples: every epoch is a permutation that depends on the seed alone, so that a
+    resumed run and any number of processes see the same examples at the same step. Within the step they are sorted by
+    length, so that a micro-batch holds little padding. Process r takes [r::world]."""
     where = range(step * examples_per_step, (step + 1) * examples_per_step)
-    return [int(epoch_order(i // len(train_set))[i % len(train_set)]) for i in where]
+    numbers = [int(epoch_order(i // len(train_set))[i % len(train_set)]) for i in where]
+    return sorted(((i, train_set[i]) for i in numbers), key=lambda pair: length(pair[1]))
 
 
 def collate(examples):
@@ -222,7 +225,7 @@ def collate(examples):
 
 def get_micro_batches(step):
     """This process's part of a step's examples, as batches on the CPU."""
-    mine = [train_set[i] for i in step_examples(step)[rank::world]]
+    mine = [x for _, x in step_examples(step)[rank::world]]
     return [collate(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size)]
 
 
@@ -329,7 +332,8 @@ else:
     model.to(device)
 if xla:
     for backbone in (model.generator, model.compressor.backbone):
-        backbone.set_attn_implementation("eager")  # autocast knows no other attention there
+        # autocast knows no other attention there
+        backbone.set_attn_implementation(backbone.config._attn_implementation.replace("sdpa", "eager"))
 if gradient_checkpointing:
     model.enable_gradient_checkpointing(xla_checkpoint if xla else None)
 # capturable: AdamW counts its steps in tensors; with numbers XLA would now and then compile the update anew
@@ -406,12 +410,14 @@ def evaluate():
             return
         mine = samples[i:i + stride] if fsdp else samples[i:i + stride][rank::world]
         if mine:
+            full = (mine + mine[:1] * batch_size)[:batch_size] if fixed else mine
             try:
                 with ctx:
-                    answers = model.generate([x["query"] for x in mine], [x["documents"][:num_documents] for x in mine])
+                    answers = model.generate([x["query"] for x in full], [x["documents"] for x in full],
+                                             num_documents=num_documents)
             except ValueError as e:  # longer than the generator's positions
                 fail(e)
-            scores = mean_scores(answers, mine)
+            scores = mean_scores(answers[:len(mine)], mine)
             sums[3:] += len(mine) * torch.tensor([scores["em"], scores["f1"], scores["match"], 1], dtype=torch.float64)
     model.train()
     generation, reranking, tokens, em, f1, match, n = host_sum(sums).tolist()
@@ -444,7 +450,7 @@ def settle():
 def describe(step, losses, norm):
     """Which batch made a step's loss infinite or NaN."""
     text = f"step {step}: loss {losses[:, :, 0].sum().item()}, gradient norm {norm}"
-    numbers = [i + 1 for i in step_examples(step - 1)]
+    numbers = [i + 1 for i, _ in step_examples(step - 1)]
     where = [f"micro-batch {i + 1} of process {r}: examples {numbers[r::world][i * batch_size:(i + 1) * batch_size]}"
              for r, i in (~losses.isfinite().all(dim=2)).nonzero().tolist()]
     return f"{text}; {'; '.join(where) or f'examples {numbers}'} of {train_data}"

@@ -1,5 +1,8 @@
 """The packed compressor against separate passes, the first N layers against the whole model, padding against none."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GPTNeoConfig, Lfm2Config
@@ -17,23 +20,34 @@ def n_layers(folder, **kwargs):
     return NLayersCompressor(folder, **{**dict(num_layers=2, num_memory_tokens=3, enable_reranking=True), **kwargs}).eval()
 
 
-def separate(c, query, document):
+def plain(c):
+    """The backbone as transformers has it, with its own attention and all of its last layer."""
+    config = copy.deepcopy(c.backbone.config)
+    attention = config._attn_implementation.removeprefix("packed_")
+    model = AutoModel.from_config(config, attn_implementation=attention).eval()
+    model.load_state_dict(c.backbone.state_dict())
+    return model
+
+
+def separate(c, backbone, query, document):
     """One causal pass over [query document MEM RR], without mask, positions or padding of ours."""
     ids = c.start + c.tokens([query], c.query_tokens)[0] + c.between + c.tokens([document], c.doc_tokens)[0] + c.end
     x = torch.cat([c.backbone.get_input_embeddings()(torch.tensor([ids])), c.learned_tokens()[None]], dim=1)
-    h = c.backbone(inputs_embeds=x).last_hidden_state[:, len(ids):]
+    h = backbone(inputs_embeds=x).last_hidden_state[:, len(ids):]
     return h[0, :-1], c.score_head(h[0, -1])
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_packed_equals_separate_passes(tiny, name):
     c = n_layers(tiny(name))
+    assert c.packed
+    backbone = plain(c)
     memory, scores = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))  # rows of unequal length and missing documents
     assert memory.shape == (2, 4, 3, 32) and scores.shape == (2, 4)
     assert memory.isfinite().all() and scores.isfinite().all()
     for b in range(2):
         for i, document in enumerate(DOCUMENTS[b]):
-            m, s = separate(c, QUERIES[b], document)
+            m, s = separate(c, backbone, QUERIES[b], document)
             torch.testing.assert_close(memory[b, i], m, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(scores[b, i], s[0], atol=1e-4, rtol=1e-4)
     alone, _ = c(**c.tokenize(QUERIES[:1], [DOCUMENTS[0][:1]], k=1))  # no padding at all
@@ -45,10 +59,38 @@ def test_packed_gradients_equal_separate_ones(tiny):
     read_out = torch.randn(3, 3, 32)
     memory, _ = c(**c.tokenize(QUERIES[:1], DOCUMENTS[:1], k=3))
     packed = torch.autograd.grad((memory[0] * read_out).sum(), [c.memory_tokens, *c.backbone.parameters()])
-    one_by_one = torch.stack([separate(c, QUERIES[0], d)[0] for d in DOCUMENTS[0]])
-    apart = torch.autograd.grad((one_by_one * read_out).sum(), [c.memory_tokens, *c.backbone.parameters()])
+    backbone = plain(c)
+    c.backbone.embed_tokens = backbone.embed_tokens
+    one_by_one = torch.stack([separate(c, backbone, QUERIES[0], d)[0] for d in DOCUMENTS[0]])
+    apart = torch.autograd.grad((one_by_one * read_out).sum(), [c.memory_tokens, *backbone.parameters()])
     for p, a in zip(packed, apart):
         torch.testing.assert_close(p / a.abs().max(), a / a.abs().max(), atol=1e-4, rtol=0)
+
+
+def test_a_copy_reads_with_its_own_weights(tiny):
+    c = n_layers(tiny("llama"))
+    batch = c.tokenize(QUERIES, DOCUMENTS, k=3)
+    twin = copy.deepcopy(c)
+    torch.testing.assert_close(twin(**batch)[0], c(**batch)[0])
+    with torch.no_grad():
+        c.backbone.layers[-1].mlp.down_proj.weight.zero_()
+    assert (twin(**batch)[0] - c(**batch)[0]).abs().max() > 1e-3
+
+
+def test_nothing_of_a_pass_stays_in_memory(tiny):
+    """Without the garbage collector, which comes late: on a GPU that is memory, on XLA another graph."""
+    c = n_layers(tiny("llama"))
+    batch = c.tokenize(QUERIES, DOCUMENTS, k=3)
+    def alive():
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    c(**batch)[0].sum().backward()  # gradients stay
+    gc.collect()
+    gc.disable()
+    before = alive()
+    for _ in range(3):
+        c(**batch)[0].sum().backward()
+    gc.enable()
+    assert alive() == before
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -58,7 +100,7 @@ def test_first_layers_are_the_whole_models(tiny, name):
     ids = torch.randint(5, 300, (2, 11), generator=torch.Generator().manual_seed(0))
     hidden = whole(ids, output_hidden_states=True).hidden_states[2]  # behind the second layer
     norm = getattr(whole.base_model, "norm", None) or whole.base_model.ln_f
-    torch.testing.assert_close(c.backbone(ids).last_hidden_state, norm(hidden), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain(c)(ids).last_hidden_state, norm(hidden), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["modernbert", "bert", "roberta", "llama_small"])
@@ -110,9 +152,14 @@ def test_num_layers_beyond_the_backbone(tiny):
         n_layers(tiny("llama"), num_layers=5)
 
 
-def test_a_document_longer_than_the_attention_window_is_refused(tiny):
-    with pytest.raises(ValueError, match="attention window"):
-        n_layers(tiny("gemma3"), doc_tokens=300)
+def test_documents_longer_than_the_attention_window_are_read_in_rows(tiny):
+    c = n_layers(tiny("gemma3"), doc_tokens=300)  # the window has 256
+    assert not c.packed
+    documents = ["the bridge is made of stone " * 60, "Mara keeps a hound."]
+    memory, _ = c(**c.tokenize(QUERIES[:1], [documents], k=2))
+    for i, document in enumerate(documents):
+        torch.testing.assert_close(memory[0, i], separate(c, plain(c), QUERIES[0], document)[0], atol=1e-4, rtol=1e-4)
+    assert len(c.tokens(documents[:1], 999)[0]) > 256
 
 
 def test_a_document_longer_than_the_learned_positions_is_refused(tiny):

@@ -182,6 +182,39 @@ def test_greedy_generation_is_transformers_own(tiny, name, examples):
             assert model.tokenizer.decode(row, skip_special_tokens=True).strip() == ours[b]
 
 
+def test_generation_beyond_an_attention_window_is_transformers_own(tiny):
+    """Padding must not count within it: row by row, without any, against a batch."""
+    model = build(tiny, "gemma3")
+    plain = AutoModelForCausalLM.from_pretrained(tiny("gemma3"), dtype=torch.float32)
+    queries, documents = ["who is it?", "what?"], [["the bridge is made of stone " * 40] * 3, ["Mara keeps a hound."]]
+    ours = model.generate(queries, documents, 12, mode="full")
+    for row, prompt in zip(ours, model.full_prompts(queries, documents)):
+        ids = torch.tensor([model.prompt.ids(prompt)])
+        out = plain.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=0)
+        assert row == model.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
+    assert len(model.prompt.ids(model.full_prompts(queries, documents)[0])) > 256 + 50
+
+
+def test_the_prompts_beginning_is_computed_once_until_a_weight_changes(tiny, examples):
+    model = build(tiny)
+    asked = [x["query"] for x in examples], [x["documents"] for x in examples]
+    reads = []
+    inner = model.read
+    model.read = lambda x, slots, *args: (reads.append(slots.tolist()), inner(x, slots, *args))[1]
+    before = list(range(len(model.before_ids)))
+    first = model.generate(*asked, 4)
+    assert reads[0] == before and reads[1][0] == len(before)
+    reads.clear()
+    assert model.generate(*asked, 4) == first and reads[0][0] == len(before)
+    kept = model.beginning()[0][0].clone()
+    optimizer = model.configure_optimizers(1e-1, 1e-1, 0.0, (0.9, 0.999))
+    model(model.collate(examples, 3))[0].backward()
+    optimizer.step()
+    reads.clear()
+    model.generate(*asked, 4)
+    assert reads[0] == before and (model.beginning()[0][0] - kept).abs().max() > 1e-3
+
+
 def test_sampling(tiny, examples, monkeypatch):
     model = build(tiny)
     queries, documents = [x["query"] for x in examples], [x["documents"] for x in examples]

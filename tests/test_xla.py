@@ -3,13 +3,14 @@ train.py's PyTorch/XLA branch, that of --device=trainium, on PyTorch/XLA's CPU d
 environment of its own; .ci/run makes one.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, losses, metrics, run, torchrun
+from conftest import EXAMPLES, ROOT, losses, metrics, run, torchrun
 
 pytest.importorskip("torch_xla", reason="torch_xla is not installed: see .ci/run for an environment that has it")
 
@@ -49,7 +50,8 @@ def run_xla(*args, devices=1):
 def assert_few_graphs(out_dir):
     rows = metrics(out_dir)
     graphs = {x["step"]: x["graphs"] for x in rows}
-    assert graphs[20] == graphs[2] <= 6, graphs  # evaluation, micro-batch, update (the first makes Adam's state)
+    # evaluation, a prompt, a token, a micro-batch, update (the first makes Adam's state), and two that make the model
+    assert graphs[20] == graphs[2] <= 8, graphs
     assert {*rows[-1]["aten"]} == {"aten::_local_scalar_dense"}
     # evaluation fetches one or two losses a batch, the log one norm a step: nothing else waits for the device
     assert rows[-1]["aten"]["aten::_local_scalar_dense"] <= 20 + 3 * 3 * 2
@@ -60,10 +62,10 @@ def assert_few_graphs(out_dir):
 def test_xla_trains_as_the_cpu_does(xla_args, compressor_type, reranking, tmp_path):
     folder, args = xla_args
     args = [*args, f"--compressor_type={compressor_type}", f"--enable_reranking={reranking}"]
-    run("train.py", *args, f"--out_dir={tmp_path}/cpu", "--eval_samples=0")
+    run("train.py", *args, f"--out_dir={tmp_path}/cpu")
     run_xla(f"{folder}/spy.py", "train.py", *args, f"--out_dir={tmp_path}/xla")
     for x, y in zip(metrics(f"{tmp_path}/cpu"), metrics(f"{tmp_path}/xla"), strict=True):
-        for name in x.keys() - {"examples_per_s", "tokens_per_s"}:
+        for name in x.keys() - {"examples_per_s", "tokens_per_s"}:  # em and f1, too: generated
             assert x[name] == pytest.approx(y[name], abs=1e-4, rel=1e-3 if name == "grad_norm" else 0), (x["step"], name)
     assert_few_graphs(f"{tmp_path}/xla")
     assert max(losses(f"{tmp_path}/xla")) == 20
@@ -72,7 +74,7 @@ def test_xla_trains_as_the_cpu_does(xla_args, compressor_type, reranking, tmp_pa
 def test_xla_with_all_that_a_real_run_has(xla_args, tmp_path):
     """bfloat16, dropout, gradient checkpointing; stopped, and resumed on the CPU, and back on XLA."""
     folder, args = xla_args
-    run("train.py", *args, f"--out_dir={tmp_path}/cpu", "--eval_samples=0")
+    run("train.py", *args, f"--out_dir={tmp_path}/cpu")
     more = ["--dtype=bfloat16", "--gradient_checkpointing=True", "--lora_dropout=0.1"]
     run_xla(f"{folder}/spy.py", "train.py", *args, *more, f"--out_dir={tmp_path}/xla")
     assert_few_graphs(f"{tmp_path}/xla")
@@ -82,6 +84,36 @@ def test_xla_with_all_that_a_real_run_has(xla_args, tmp_path):
     run("train.py", *args, "--max_iters=22")
     run_xla("train.py", *args, "--max_iters=24")
     assert max(losses(f"{tmp_path}/xla")) == 24
+
+
+GENERATE = """
+import json, sys
+sys.path.insert(0, ".")
+import torch, torch_xla.core.xla_model as xm, torch_xla.debug.metrics as met
+from model import ScaleDown
+folder, examples = sys.argv[1], json.loads(sys.argv[2])
+model = ScaleDown.from_pretrained(folder)
+asked = [([x["query"] for x in examples[i:i + 2]], [x["documents"] for x in examples[i:i + 2]]) for i in range(2)]
+plain = [model.generate(*a, num_documents=3) for a in asked]
+model.generator.set_attn_implementation("eager")
+model.compressor.backbone.set_attn_implementation("packed_eager")
+model.to(xm.xla_device())
+xm.mark_step()
+graphs = lambda: (met.metric_data("CompileTime") or [0])[0]
+before = graphs()
+answers = [model.generate(*a, num_documents=3) for a in asked]
+assert answers == plain and len({*sum(plain, [])}) > 1, (answers, plain)
+assert graphs() - before == 2, graphs() - before
+"""
+
+
+def test_generation_takes_two_graphs(xla_args, tmp_path, tiny):
+    folder, args = xla_args
+    run("train.py", *args, f"--out_dir={tmp_path}/out", "--max_iters=3", "--eval_interval=3")
+    (folder / "generate.py").write_text(GENERATE)
+    done = subprocess.run([sys.executable, f"{folder}/generate.py", f"{tmp_path}/out/best", json.dumps(EXAMPLES)], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "PJRT_DEVICE": "CPU"})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # PyTorch/XLA's CPU device cannot be shared by processes, but one process may have two, a thread each. The two threads
@@ -144,7 +176,7 @@ def test_two_replicas_train_as_one(xla_args, tmp_path):
     (folder / "two.py").write_text(TWO_REPLICAS)
     run("train.py", *args, f"--out_dir={tmp_path}/one", "--max_iters=10", "--eval_samples=0")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    run_xla(f"{folder}/two.py", "train.py", *args, f"--out_dir={tmp_path}/two", "--init_from=resume", devices=2)
+    run_xla(f"{folder}/two.py", "train.py", *args, f"--out_dir={tmp_path}/two", "--init_from=resume", "--eval_samples=0", devices=2)
     run("train.py", *args, f"--out_dir={tmp_path}/one", "--init_from=resume", "--eval_samples=0")
     a, b = losses(f"{tmp_path}/one"), losses(f"{tmp_path}/two")
     assert a == pytest.approx(b, abs=1e-4) and max(a) == 20
