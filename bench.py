@@ -1,6 +1,13 @@
 """
-What things cost, measured on this machine against the usual way of doing them, side by side in one run:
+What compression costs and saves, and what its parts cost beside the usual way of doing them, side by side in one run:
 
+    python bench.py                              # FLOPs of one query, beside the paper's; no weights, no GPU
+    python bench.py --docs=5,10,20,50 --num_memory_tokens=1,8,32 --plot=assets
+    python bench.py --what=time --generator=smollm2-135m      # ms a query, compressed and not
+    python bench.py --what=train --generator=smollm2-135m     # a training step, beside the ordinary way of writing it
+    python bench.py --what=attention --generator=smollm2-135m # of the packed sequence, beside other ways to mask it
+    python bench.py --what=lora                               # LoRALinear, beside PEFT's
+    python bench.py --what=decode --generator=smollm2-135m    # generation, beside transformers' generate()
     python bench.py --what=prepare --splade=FOLDER --corpus=corpus.jsonl   # encoding and search of prepare.py
 
 Needs requirements-dev.txt, which has what is compared with. Before anything is timed, both sides must give the same.
@@ -8,19 +15,55 @@ Needs requirements-dev.txt, which has what is compared with. Before anything is 
 
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from inspect import signature
 from itertools import islice
+from json import dump
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 import prepare
+from compressor import ModernBERTCompressor, NLayersCompressor, packed_attention
 from configurator import at_least, configure, fail, torch_device
-from model import document_text
+from lora import LoRALinear, layers
+from model import ScaleDown, ScaleDownConfig, document_text
 
 # -----------------------------------------------------------------------------
-what = "prepare"
+what = "flops"  # or time, train, attention, lora, decode, prepare
+generator = "mistral-7b"  # a shape by name (SHAPES, below) with random weights, or a model; flops: several, with commas
+docs = "10"  # documents a query; flops: or several, 5,10,20 or 1..50
+query_tokens = 128
+doc_tokens = 128
+num_memory_tokens = "8"  # flops: or several
+answer_tokens = 32
+compressors = "n_layers_8"  # time, train, decode: also n_layers_N, llama_1b, modernbert, several with commas
+batch = "1,8"  # time, train, decode, attention: queries at once
+ranks = "8,16,32,64"  # lora
+hidden = "576,4096"  # lora: of a layer, in and out
+json = ""  # write the rows into this file
+plot = ""  # flops: draw them into this folder
+only = ""  # time, train: run this way alone, once, and print its peak memory (bench.py calls itself so)
+# prepare
 splade = "naver/splade-v3"  # a name of the hub or a folder
 corpus = ""  # texts to encode, in any of prepare.py's formats; the first `texts` documents
 texts = 512
@@ -31,23 +74,535 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = "bfloat16" if torch.cuda.is_available() else "float32"
 # -----------------------------------------------------------------------------
 
+SHAPES = {  # as in their config.json on the hub
+    "mistral-7b": MistralConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                                num_key_value_heads=8, vocab_size=32000, sliding_window=None),
+    "mistral-24b": MistralConfig(hidden_size=5120, intermediate_size=32768, num_hidden_layers=40, head_dim=128,
+                                 num_attention_heads=32, num_key_value_heads=8, vocab_size=131072, sliding_window=None),
+    "qwen2-7b": Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                            num_key_value_heads=4, vocab_size=152064),
+    "llama-3.2-1b": LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                                num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True),
+    "smollm2-135m": LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                                num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+    "modernbert-base": ModernBertConfig(),
+}
+# Table 1: TFLOP for compression and in all, of Mistral-7B, which the query's tokens are left out of
+PAPER = {"none": (0, 20.33), "n_layers_5_separate_without_query": (3.04, 6.53),
+         "n_layers_8_separate_without_query": (4.87, 8.36), "llama_1b_separate_without_query": (2.66, 6.15)}
+STYLES = {"none": "k-", "n_layers_8_separate": "C0--", "n_layers_8": "C0-o", "n_layers_5": "C1-o", "llama_1b": "C2-o",
+          "modernbert": "C3-o"}
+
+
+def numbers(setting, text):
+    """5 -> [5]; 1,8,32 -> [1, 8, 32]; 1..50 -> [1, 2, .., 50]"""
+    try:
+        values = [range(int(part.split("..")[0]), int(part.split("..")[-1]) + 1) for part in text.split(",")]
+    except ValueError:
+        fail(f"{setting} is a number, several with commas, or a range like 1..50, not '{text}'")
+    values = [n for part in values for n in part]
+    if not values or min(values) < 1:
+        fail(f"{setting} must be at least 1, not {text}")
+    return values
+
+
+# ---- models of a shape alone
+
+def shape_folder(root, name):
+    """A folder as a model of the hub has it, without weights: config.json and a tokeniser with a token a word."""
+    folder = os.path.join(root, name)
+    if not os.path.isdir(folder):
+        SHAPES[name].save_pretrained(folder)
+        words = ["<s>", "</s>", "\n", *(f"w{i}" for i in range(1000))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def random_weights(device):
+    """Within it transformers makes models from config.json alone, with random weights, on the device."""
+    def made(cls, name, config=None, dtype=torch.float32):
+        return cls.from_config(config or AutoConfig.from_pretrained(name), dtype=dtype)
+    stack = ExitStack()
+    stack.enter_context(torch.device(device))
+    for cls in (AutoModel, AutoModelForCausalLM):
+        stack.enter_context(patch.object(cls, "from_pretrained", classmethod(made)))
+    if device == "meta":  # no numbers to look at
+        stack.enter_context(patch("compressor.embedding_std", lambda embed: 1.0))
+        stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: True))
+    return stack
+
+
+# ---- FLOPs
+
+def tflop(run):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops() / 1e12
+
+
+def generator_tflop(model, prompt):
+    """Of reading `prompt` embeddings and writing answer_tokens tokens, the last of which nothing reads."""
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+    def run():
+        x, cache = torch.zeros(1, prompt, model.config.hidden_size, dtype=model.dtype), None
+        for _ in range(answer_tokens):
+            out = model(inputs_embeds=x, use_cache=True, logits_to_keep=1,
+                        position_ids=torch.zeros(1, x.shape[1], dtype=torch.long), **{name: cache})
+            x, cache = x[:, :1], out[name]
+    return tflop(run)
+
+
+def rows_tflop(backbone, rows, length):
+    """Of separate passes, as transformers makes them."""
+    x = torch.zeros(rows, length, backbone.config.hidden_size)
+    return tflop(lambda: backbone(inputs_embeds=x, use_cache=False))
+
+
+def compressor_tflops(folders, name):
+    """(name, function of (k, l) -> TFLOP of compression) of every compressor of the paper, and ModernBERT."""
+    q, d = query_tokens, doc_tokens
+    ids = lambda *shape: torch.zeros(*shape, dtype=torch.long)
+    mask = lambda *shape: torch.ones(*shape, dtype=torch.bool)
+    sizes = lambda l: dict(num_memory_tokens=l, query_tokens=q, doc_tokens=d)
+    width = SHAPES[name].hidden_size
+
+    def packed(make, k, l, last_layer_cut=True):
+        c = make(l)
+        if not last_layer_cut:
+            vars(c.backbone.layers[-1]).pop("forward")
+        batch = dict(query_ids=ids(1, q), query_mask=mask(1, q), doc_ids=ids(1, k, d), doc_mask=mask(1, k, d))
+        return tflop(lambda: c(**batch))
+
+    def separate(make, k, l, query):
+        c = make(l)
+        config = c.backbone.config
+        config._attn_implementation = "sdpa"
+        backbone = AutoModel.from_config(config)
+        return (rows_tflop(backbone, k, query + d + l)
+                + tflop(lambda: c.projection(torch.zeros(1, k, l, config.hidden_size))))
+
+    makes = {f"n_layers_{n}": lambda l, n=n: NLayersCompressor(folders[name], n, **sizes(l)) for n in (5, 8, 10)
+             if n <= SHAPES[name].num_hidden_layers}
+    makes["llama_1b"] = lambda l: ModernBERTCompressor(folders["llama-3.2-1b"], width, **sizes(l))
+    for kind, make in makes.items():
+        yield kind, lambda k, l, make=make: packed(make, k, l)
+        yield f"{kind}_packed", lambda k, l, make=make: packed(make, k, l, last_layer_cut=False)
+        yield f"{kind}_separate", lambda k, l, make=make: separate(make, k, l, q)
+        yield f"{kind}_separate_without_query", lambda k, l, make=make: separate(make, k, l, 0)
+
+    def modernbert(k, l):
+        c = ModernBERTCompressor(folders["modernbert-base"], width, **sizes(l))
+        return tflop(lambda: c(ids=ids(1, k, q + d), mask=mask(1, k, q + d)))
+    yield "modernbert", modernbert
+
+
+def bench_flops():
+    rows = []
+    with tempfile.TemporaryDirectory() as root, random_weights("meta"):
+        folders = {name: shape_folder(root, name) for name in SHAPES}
+        for name in generator.split(","):
+            model = AutoModelForCausalLM.from_pretrained(folders[name])
+            for k in numbers("docs", docs):
+                full = generator_tflop(model, k * doc_tokens + query_tokens)
+                for l in numbers("num_memory_tokens", num_memory_tokens):
+                    short = generator_tflop(model, k * l + k - 1 + query_tokens)  # a SEP between two documents
+                    ways = {"none": (0.0, full)}
+                    ways |= {kind: (cost(k, l), short) for kind, cost in compressor_tflops(folders, name)}
+                    print(f"\n{name}: TFLOP for a query of {query_tokens} tokens, {k} documents of {doc_tokens}, "
+                          f"{l} memory tokens, {answer_tokens} tokens written\n"
+                          f"{'':34} compression  generator     total   speed-up   paper's compression, total")
+                    asked = (name, k, l, query_tokens, doc_tokens, answer_tokens)
+                    table_1 = asked == ("mistral-7b", 10, 8, 128, 128, 32)
+                    for kind, (compression, generation) in ways.items():
+                        total = compression + generation
+                        rows.append(dict(
+                            generator=name, name=kind, docs=k, query_tokens=query_tokens, doc_tokens=doc_tokens,
+                            num_memory_tokens=l, answer_tokens=answer_tokens, compression_tflop=compression,
+                            generator_tflop=generation, total_tflop=total, speedup=full / total))
+                        print(f"{kind:34} {compression:11.2f} {generation:10.2f} {total:9.2f} {full / total:9.2f}x"
+                              + ("   {:.2f}, {:.2f}".format(*PAPER[kind]) if table_1 and kind in PAPER else ""))
+    return rows
+
+
+def draw(rows):
+    """Cost against the number of documents and of memory tokens, a figure each, where the rows have several."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "scaledown"  # the same file from the same rows
+    import matplotlib.pyplot as plt
+
+    os.makedirs(plot, exist_ok=True)
+    for x, label, other in (("docs", "documents", "num_memory_tokens"), ("num_memory_tokens", "memory tokens", "docs")):
+        values = sorted({row[x] for row in rows})
+        if len(values) == 1:
+            continue
+        for name in dict.fromkeys(row["generator"] for row in rows):
+            figure, axes = plt.subplots(figsize=(6.5, 4))
+            for kind, style in STYLES.items():
+                fixed = sorted({row[other] for row in rows}, key=lambda n: abs(n - (8 if x == "docs" else 10)))[0]
+                line = [(row[x], row["total_tflop"]) for row in rows
+                        if (row["generator"], row["name"], row[other]) == (name, kind, fixed)]
+                if line:
+                    axes.plot(*zip(*line), style, label=kind, markersize=3)
+            axes.set(xlabel=f"{label} ({fixed} {'memory tokens' if x == 'docs' else 'documents'})",
+                     ylabel="TFLOP a query", title=f"{name}: compression and generation", ylim=0, xlim=0)
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False)
+            figure.savefig(os.path.join(plot, f"{name}_{x}.svg"), bbox_inches="tight", metadata={"Date": None})
+            plt.close(figure)
+
+
+# ---- time and memory: models with weights, random or real
+
+def build(kind, inference=False):
+    """ScaleDown with the compressor `kind` and an adapter that does something. inference: all weights in `dtype`."""
+    n_layers = kind.removeprefix("n_layers_")
+    sizes = dict(num_memory_tokens=int(num_memory_tokens), query_tokens=query_tokens, doc_tokens=doc_tokens,
+                 answer_tokens=answer_tokens, lora_dropout=0.0)
+    with tempfile.TemporaryDirectory() as root:
+        folder = shape_folder(root, generator) if generator in SHAPES else generator
+        if n_layers != kind and n_layers.isdigit():
+            config = ScaleDownConfig(folder, num_layers=int(n_layers), **sizes)
+        elif kind in ("llama_1b", "modernbert"):
+            other = shape_folder(root, dict(llama_1b="llama-3.2-1b", modernbert="modernbert-base")[kind])
+            config = ScaleDownConfig(folder, "modernbert", compressor_model=other, **sizes)
+        else:
+            fail(f"compressors are n_layers_N, llama_1b and modernbert, not '{kind}'")
+        torch.manual_seed(0)
+        try:
+            with random_weights(device) if generator in SHAPES else nullcontext():
+                model = ScaleDown(config, dtype=getattr(torch, dtype)).to(device).eval()
+        except (ValueError, OSError) as e:
+            fail(str(e).splitlines()[0])
+    model.stop_ids = []  # all answers have the same length
+    with torch.no_grad():
+        for _, m in layers(model.generator):
+            m.lora_B.normal_(std=0.01)
+        if inference:
+            for p in model.parameters():
+                p.data = p.data.to(getattr(torch, dtype))
+    return model
+
+
+def read_separately(compressor):
+    """Turns a compressor, in place, into what the libraries give: a pass a document, transformers' own attention, all
+    of the last layer."""
+    if compressor.packed:
+        compressor.packed, backbone = False, compressor.backbone
+        backbone.set_attn_implementation(backbone.config._attn_implementation.removeprefix("packed_"))
+        del backbone.layers[-1].forward
+
+
+def with_peft(model):
+    """Puts PEFT's LoRA, with the same weights, where ours was."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        for name, m in layers(model.generator):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.generator.get_submodule(parent), leaf, m.base)
+        model.generator = peft.PeftModel.from_pretrained(model.generator, folder, is_trainable=True)
+
+
+def examples(n):
+    """n queries of query_tokens tokens over `docs` documents of doc_tokens, with answers of answer_tokens."""
+    rng = np.random.default_rng(0)
+    text = lambda length: " ".join(f"w{i}" for i in rng.integers(0, 1000, length))
+    return [dict(query=text(query_tokens), documents=[text(doc_tokens) for _ in range(int(docs))],
+                 answer=text(answer_tokens)) for _ in range(n)]
+
+
+def seconds(ways):
+    """ways: {name: function}, each called `repeats` times, in turns, after a call that does not count -> {name: [s]}"""
+    taken = {name: [] for name in ways}
+    for i in range(repeats + 1):
+        for name, way in ways.items():
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            way()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if i > 0:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def spread(values, form):
+    return "{} ({} to {})".format(*(format(v, form) for v in (statistics.median(values), min(values), max(values))))
+
+
+def peak_gb(way):
+    """Peak memory of one call: of the device, or (Linux) of this process, torch and transformers left out."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        way()
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform != "linux":
+        return float("nan")
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # forget the highest so far
+    way()
+    return memory("VmHWM") - EMPTY
+
+
+def memory(name):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024 / 1e9
+
+
+def alone(name, n, *more):
+    """Peak memory in GB of a way, which a process of its own builds and calls; NaN where that does not fit."""
+    command = [sys.executable, *sys.argv, f"--only={name}", f"--batch={n}", *more]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return float(out.stdout.split()[-1]) if out.returncode == 0 else float("nan")
+
+
+def agree(what, ours, theirs, tolerance):
+    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    print(f"{what}: largest difference {difference:.1e} of the largest value")
+    if not difference < tolerance:
+        fail(f"{what} do not agree")
+
+
+TOLERANCE = dict(float32=1e-3, bfloat16=0.1)
+
+
+def answering(name, n, model=None):
+    """-> (model, function that answers n queries, function that only compresses them) of a way: none, or a compressor,
+    perhaps _separate"""
+    kind = compressors.split(",")[0] if name == "none" else name.removesuffix("_separate")
+    model = model or build(kind, inference=True)
+    if name == "none":
+        model.compressor = None
+    elif name.endswith("_separate"):
+        read_separately(model.compressor)
+    asked = [x["query"] for x in examples(n)], [x["documents"] for x in examples(n)]
+    mode = "full" if name == "none" else "compressed"
+    return model, lambda: model.generate(*asked, answer_tokens, mode=mode), lambda: model.compress(*asked)
+
+
+def bench_time():
+    """Milliseconds and peak memory of a query, answered from full text and from compressed documents."""
+    if only:
+        return print(peak_gb(answering(only, int(batch))[1]))
+    names = ["none", *(f"{kind}{way}" for kind in compressors.split(",") for way in ("", "_separate"))]
+    names = [name for name in names if name != "modernbert_separate"]  # it reads separately anyway
+    rows, models = [], {}
+    print(f"{generator} on {device}, {dtype}: a query of {query_tokens} tokens, {docs} documents of {doc_tokens}, "
+          f"{num_memory_tokens} memory tokens, {answer_tokens} tokens written")
+    for n in numbers("batch", batch):
+        whole, compressing = {}, {}
+        for name in names:
+            models[name], whole[name], compressing[name] = answering(name, n, models.get(name))
+            models[name].generator = models["none"].generator  # one is enough
+        for name in names:
+            if name.endswith("_separate"):
+                kind = name.removesuffix("_separate")
+                agree(f"memory embeddings of {kind}, packed and separate,", compressing[kind]()[0],
+                      compressing[name]()[0], TOLERANCE[dtype])
+        whole, compressing = seconds(whole), seconds({name: compressing[name] for name in names[1:]})
+        base = statistics.median(whole["none"])
+        for name in names:
+            ms, compression = ([1000 * s / n for s in taken.get(name, [0.0])] for taken in (whole, compressing))
+            row = dict(name=name, batch=n, ms_a_query=ms, compression_ms_a_query=compression, peak_gb=alone(name, n),
+                       speedup=base / statistics.median(whole[name]))
+            rows.append(row)
+            print(f"batch {n:3}  {name:20} {spread(ms, '.1f'):>28} ms a query, of it compression "
+                  f"{spread(compression, '.1f'):>26} {row['speedup']:6.2f}x   peak {row['peak_gb']:.2f} GB")
+    return rows
+
+
+def training(name, n, kind):
+    """-> (model, function that makes a training step on n examples and returns the loss) of a way: ours or ordinary"""
+    model = build(kind).train()
+    if name == "ordinary":
+        read_separately(model.compressor)
+        with_peft(model)
+    optimizer = model.configure_optimizers(1e-5, 1e-5, 0.1, (0.9, 0.999))
+    batch = model.to_device(model.collate(examples(n), int(docs)))
+    ctx = nullcontext() if dtype == "float32" else torch.autocast(device, dtype=torch.bfloat16)
+
+    def ordinary_loss():
+        memory, _ = model.compressor(**batch["compressor"])
+        x, mask = model.prompt_embeddings(memory, batch)
+        labels = F.pad(batch["labels"], (x.shape[1] - batch["labels"].shape[1], 0), value=-100)
+        return model.generator(inputs_embeds=x, attention_mask=mask, labels=labels, use_cache=False,
+                               position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)).loss
+
+    def step(update=True):
+        with ctx:
+            loss = ordinary_loss() if name == "ordinary" else model(batch)[0]
+        loss.backward()
+        if update:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+    return model, step, model.count(batch)[1]
+
+
+def bench_train():
+    """Tokens a second and peak memory of a training step, ours and as one would write it with the libraries."""
+    if only:
+        return print(peak_gb(training(only, int(batch), compressors.split(",")[0])[1]))
+    rows = []
+    for kind in compressors.split(","):
+        for n in numbers("batch", batch):
+            ours, our_step, tokens = training("ours", n, kind)
+            theirs, their_step, _ = training("ordinary", n, kind)
+            print(f"{generator}, {kind}, on {device}, {dtype}: a training step on {n} queries of {query_tokens} "
+                  f"tokens, {docs} documents of {doc_tokens}, {num_memory_tokens} memory tokens, answers of "
+                  f"{answer_tokens}")
+            agree("the losses", our_step(update=False), their_step(update=False), TOLERANCE[dtype])
+            agree("the gradients of the memory tokens", ours.compressor.memory_tokens.grad,
+                  theirs.compressor.memory_tokens.grad, 10 * TOLERANCE[dtype])
+            taken = seconds({"ours": our_step, "ordinary": their_step})
+            for name, s in taken.items():
+                row = dict(name=name, compressor=kind, batch=n, tokens_per_s=[tokens / t for t in s],
+                           peak_gb=alone(name, n, f"--compressors={kind}"))
+                rows.append(row)
+                print(f"{name:10} {spread(row['tokens_per_s'], ',.0f'):>28} tokens/s   peak {row['peak_gb']:.2f} GB")
+            faster = statistics.median(taken["ordinary"]) / statistics.median(taken["ours"])
+            print(f"ours: {faster:.2f}x the tokens/s, {rows[-2]['peak_gb'] / rows[-1]['peak_gb']:.2f} of the memory")
+    return rows
+
+
+def bench_attention():
+    """The packed sequence's attention in one layer of the generator's shape: ours, one mask over the whole, and
+    FlexAttention with a block mask. Forward, and forward and backward (FlexAttention has none on a CPU)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if generator not in SHAPES:
+        fail(f"--what=attention takes a shape: {', '.join(SHAPES)}")
+    shape, B, k = SHAPES[generator], numbers("batch", batch)[0], int(docs)
+    H, G, c = shape.num_attention_heads, shape.num_key_value_heads, shape.hidden_size // shape.num_attention_heads
+    Q, S = query_tokens, doc_tokens + int(num_memory_tokens)
+    torch.manual_seed(0)
+    q, key, value = (torch.randn(B, heads, Q + k * S, c, device=device, dtype=getattr(torch, dtype))
+                     for heads in (H, G, G))
+
+    def sees(b, h, i, j):
+        return (i >= j) & ((j < Q) | ((i - Q) // S == (j - Q) // S))
+    i = torch.arange(Q + k * S, device=device)
+    whole = sees(0, 0, i[:, None], i)[None, None]
+    mask = torch.ones(B * k, 1, S, Q + S, dtype=torch.bool, device=device).tril(Q)
+    block_mask = create_block_mask(sees, None, None, Q + k * S, Q + k * S, device=device)
+    flex = torch.compile(flex_attention)
+    ways = {
+        "ours": lambda: packed_attention(None, q, key, value, mask, eager=False)[0].transpose(1, 2),
+        "mask over the whole": lambda: F.scaled_dot_product_attention(q, key, value, whole, enable_gqa=True),
+        "FlexAttention": lambda: flex(q, key, value, block_mask=block_mask, enable_gqa=True)}
+    rows = []
+    for gradients in (False, True):
+        for t in (q, key, value):
+            t.requires_grad_(gradients)
+        if gradients and device == "cpu":
+            del ways["FlexAttention"]
+        with torch.set_grad_enabled(gradients):
+            for name in [*ways][1:]:
+                agree(f"ours and {name}", ways["ours"](), ways[name](), TOLERANCE[dtype])
+            taken = seconds({name: (lambda way=way: way().sum().backward()) if gradients else way
+                             for name, way in ways.items()})
+        for name, s in taken.items():
+            rows.append(dict(name=name, backward=gradients, ms=[1000 * t for t in s]))
+            print(f"forward{' and backward' * gradients:14} {name:20} {spread(rows[-1]['ms'], '.1f')} ms")
+    return rows
+
+
+def bench_lora():
+    """LoRALinear beside PEFT's layer, forward and backward over 1,024 tokens."""
+    import peft
+
+    def kept(layer, x):
+        """Bytes that the forward pass keeps for the backward pass, weights left out."""
+        storages, own = {}, {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in own:
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+        return sum(storages.values())
+
+    rows = []
+    ctx = nullcontext() if dtype == "float32" else torch.autocast(device, dtype=torch.bfloat16)
+    for d in numbers("hidden", hidden):
+        for r in numbers("ranks", ranks):
+            torch.manual_seed(0)
+            base = torch.nn.Linear(d, d, bias=False, device=device, dtype=getattr(torch, dtype))
+            ours = LoRALinear(base, r, 2 * r, dropout=0.1)
+            wrapped = peft.get_peft_model(torch.nn.Sequential(base), peft.LoraConfig(
+                target_modules=["0"], r=r, lora_alpha=2 * r, lora_dropout=0.1))
+            theirs = wrapped.base_model.model[0]
+            with torch.no_grad():
+                ours.lora_B.normal_(std=0.01)
+                theirs.lora_A["default"].weight.copy_(ours.lora_A)
+                theirs.lora_B["default"].weight.copy_(ours.lora_B)
+            x = torch.randn(1024, d, device=device, requires_grad=True)
+            g = torch.randn(1024, d, device=device, dtype=getattr(torch, dtype))
+
+            def step(layer, x=x, g=g):
+                with ctx:
+                    layer(x).backward(g)
+            with torch.no_grad(), ctx:
+                ours.eval(), theirs.eval()
+                agree(f"hidden {d}, rank {r}, outputs", ours(x), theirs(x), TOLERANCE[dtype])
+                ours.train(), theirs.train()
+            taken = seconds({"ours": partial(step, ours), "peft": partial(step, theirs)})
+            with ctx:
+                memory = {"ours": kept(ours, x), "peft": kept(theirs, x)}
+            ratios = [a / b for a, b in zip(taken["ours"], taken["peft"])]
+            rows.append(dict(hidden=d, rank=r, seconds=taken, kept_bytes=memory, time_ratio=statistics.median(ratios)))
+            ms = {name: spread([1000 * t for t in s], ".2f") for name, s in taken.items()}
+            print(f"hidden {d:5}, rank {r:3}: ours {ms['ours']} ms, PEFT {ms['peft']} ms; ours / PEFT: time "
+                  f"{spread(ratios, '.2f')}, memory kept for the backward pass {memory['ours'] / memory['peft']:.2f}")
+    return rows
+
+
+def bench_decode():
+    """Our generation beside transformers' generate(), from the same embeddings."""
+    model, rows = build(compressors.split(",")[0], inference=True), []
+    print(f"{generator} on {device}, {dtype}: {answer_tokens} tokens behind {docs} compressed documents")
+    for n in numbers("batch", batch):
+        asked = [x["query"] for x in examples(n)], [x["documents"] for x in examples(n)]
+        x, mask = model.embed_prompts(*asked)
+        beginning = model.beginning()
+
+        def ours(x=x, mask=mask, beginning=beginning):
+            return model.decode(x, mask, answer_tokens, 0.0, 0, beginning)
+
+        def theirs(x=x, mask=mask):
+            with torch.no_grad():
+                return model.generator.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=answer_tokens,
+                                                min_new_tokens=answer_tokens, do_sample=False, pad_token_id=0)
+        with patch.object(model.tokenizer, "batch_decode", lambda rows, **_: list(map(str, rows))):  # ids, not text
+            answers = ours()
+        cut = lambda row: row[:row.index(model.prompt.end_id)] if model.prompt.end_id in row else row
+        same = sum(answer == str(cut(row)) for answer, row in zip(answers, theirs().tolist()))
+        print(f"batch {n}: {same} of {n} answers are the same")
+        if dtype == "float32" and same < n:
+            fail("the two generations do not agree")
+        taken = seconds({"ours": ours, "transformers": theirs})
+        base = statistics.median(taken["transformers"])
+        for name, s in taken.items():
+            rows.append(dict(name=name, batch=n, tokens_per_s=[n * answer_tokens / t for t in s]))
+            print(f"batch {n:3}  {name:14} {spread(rows[-1]['tokens_per_s'], ',.1f'):>28} tokens/s   "
+                  f"{base / statistics.median(s):5.2f}x")
+    return rows
+
+
+# ---- prepare.py
 
 def timed(ways, n, unit):
     """ways: {name: function}, each called `repeats` times, in turns after one call that does not count; prints the
     median of n things a second with the least and the most, and how much faster the first way is."""
-    seconds = {name: [] for name in ways}
-    for i in range(repeats + 1):
-        for name, way in ways.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            way()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if i > 0:
-                seconds[name].append(time.perf_counter() - start)
-    first = statistics.median(next(iter(seconds.values())))
-    for name, s in seconds.items():
+    taken = seconds(ways)
+    first = statistics.median(next(iter(taken.values())))
+    for name, s in taken.items():
         median = statistics.median(s)
         print(f"{name:40} {n / median:10,.1f} {unit}/s  ({n / max(s):,.1f} to {n / min(s):,.1f})   "
               f"{median / first:5.2f}x the first's time")
@@ -144,12 +699,28 @@ def bench_search():
 
 
 if __name__ == "__main__":
+    EMPTY = memory("VmRSS") if sys.platform == "linux" else 0.0
     configure(globals())
+    at_least(globals(), texts=1, passages=100, queries=1, repeats=1, query_tokens=1, doc_tokens=1, answer_tokens=1)
+    benches = dict(flops=bench_flops, time=bench_time, train=bench_train, attention=bench_attention, lora=bench_lora,
+                   decode=bench_decode)
+    if what not in (*benches, "prepare"):
+        fail(f"what is {', '.join(benches)} or prepare, not '{what}'")
     device = torch_device(device)
-    at_least(globals(), texts=1, passages=100, queries=1, repeats=1)
-    if what != "prepare":
-        fail(f"what is prepare, not '{what}'")
-    if not os.path.isfile(corpus):
-        fail(f"--corpus=FILE: a file of texts to encode ({corpus or 'none given'})")
-    bench_encoding()
-    bench_search()
+    if what == "prepare":
+        if not os.path.isfile(corpus):
+            fail(f"--corpus=FILE: a file of texts to encode ({corpus or 'none given'})")
+        bench_encoding()
+        bench_search()
+        sys.exit()
+    for name in generator.split(","):
+        if name not in SHAPES and (what == "flops" or not os.path.isdir(name)):
+            fail(f"generator is {', '.join(SHAPES)} or, but for flops, a model's folder, not '{name}'")
+    if what != "flops" and len(numbers("docs", docs) + numbers("num_memory_tokens", num_memory_tokens)) > 2:
+        fail(f"docs is one number, and num_memory_tokens too, but for --what=flops: not {docs} and {num_memory_tokens}")
+    rows = benches[what]()
+    if json and not only:
+        with open(json, "w") as f:
+            dump(rows, f, indent=1)
+    if plot and what == "flops":
+        draw(rows)

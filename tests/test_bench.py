@@ -1,9 +1,91 @@
-"""bench.py in short: that it runs, and that both sides gave the same before anything was timed."""
+"""bench.py in short: that it runs, that both sides gave the same before anything was timed, and the FLOPs."""
 
 import json
+import os
 import re
+import shutil
 
+import pytest
 from test_scripts import run
+
+
+@pytest.fixture(scope="module")
+def flops(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flops")
+    run("bench.py", f"--json={folder / 'rows.json'}")
+    rows = json.loads((folder / "rows.json").read_text())
+    return {row["name"]: row for row in rows}
+
+
+def test_flops_are_the_papers_where_it_leaves_the_query_out(flops):
+    """Table 1 of the paper."""
+    assert flops["none"]["compression_tflop"] == 0 and 20 < flops["none"]["total_tflop"] < 21.6  # 20.33
+    assert all(3.4 < row["generator_tflop"] < 3.5 for name, row in flops.items() if name != "none")  # 3.49
+    for name, tflop in (("n_layers_5", 3.04), ("n_layers_8", 4.87), ("llama_1b", 2.66)):
+        assert flops[f"{name}_separate_without_query"]["compression_tflop"] == pytest.approx(tflop, rel=0.03)
+
+
+def test_flops_are_those_counted_by_hand(flops):
+    """Mistral-7B: 2 FLOPs a weight and token, and 4 * d for each pair of positions that attention multiplies."""
+    d, kv, inner, q, k, S = 4096, 1024, 14336, 128, 10, 136
+    T = q + k * S
+    attention, mlp = 2 * d * d + 2 * d * kv, 3 * d * inner
+    pairs = q * q + k * S * (q + S)
+    for n in (5, 8, 10):
+        separate = n * (2 * (attention + mlp) * k * (q + S) + 4 * d * k * (q + S) ** 2)
+        packed = n * (2 * (attention + mlp) * T + 4 * d * pairs)
+        last = 2 * (d * d + 2 * d * kv) * T + 2 * (attention + mlp) * 80 + 4 * d * k * 8 * (q + S)  # query, key, value
+        cut = packed * (n - 1) / n + last
+        for name, by_hand in (("_separate", separate), ("_packed", packed), ("", cut)):
+            assert flops[f"n_layers_{n}{name}"]["compression_tflop"] == pytest.approx(by_hand / 1e12, rel=1e-3)
+
+
+def test_flops_that_the_readme_promises(flops):
+    for name, most in (("n_layers_5_packed", 3.43), ("n_layers_8_packed", 5.48), ("n_layers_10_packed", 6.86),
+                       ("n_layers_8", 4.95)):
+        assert flops[name]["compression_tflop"] <= most
+    assert flops["n_layers_8"]["total_tflop"] <= 8.4 and flops["n_layers_8"]["speedup"] >= 2.5
+    assert flops["modernbert"]["total_tflop"] <= 4.2 and flops["modernbert"]["speedup"] >= 5
+    assert 1.6 < flops["n_layers_8_separate"]["speedup"] < 1.7
+
+
+def test_flops_of_other_shapes_and_their_plots(tmp_path):
+    run("bench.py", "--generator=smollm2-135m", "--docs=2,4", "--num_memory_tokens=1,2", "--answer_tokens=2",
+        f"--json={tmp_path / 'rows.json'}", f"--plot={tmp_path / 'plots'}")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {(row["docs"], row["num_memory_tokens"]) for row in rows} == {(2, 1), (2, 2), (4, 1), (4, 2)}
+    assert sorted(os.listdir(tmp_path / "plots")) == ["smollm2-135m_docs.svg", "smollm2-135m_num_memory_tokens.svg"]
+
+
+SMALL = ["--query_tokens=6", "--doc_tokens=8", "--docs=2", "--num_memory_tokens=2", "--answer_tokens=4",
+         "--compressors=n_layers_2", "--batch=1,2", "--repeats=1", "--device=cpu", "--dtype=float32"]
+
+
+@pytest.mark.parametrize("what", ["time", "train", "decode"])
+def test_time_and_memory_in_short(what, tiny, tmp_path):
+    out = run("bench.py", f"--what={what}", f"--generator={tiny('llama')}", *SMALL, f"--json={tmp_path / 'rows.json'}")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    if what == "time":
+        assert [(row["batch"], row["name"]) for row in rows] == [
+            (n, name) for n in (1, 2) for name in ("none", "n_layers_2", "n_layers_2_separate")]
+        assert "memory embeddings of n_layers_2, packed and separate," in out
+    else:
+        names = ("ours", "ordinary" if what == "train" else "transformers")
+        assert [(row["batch"], row["name"]) for row in rows] == [(n, name) for n in (1, 2) for name in names]
+    if what != "decode":
+        assert all(0 < row["peak_gb"] < 1 for row in rows)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="FlexAttention on a CPU takes a compiler")
+def test_attention_in_short():
+    out = run("bench.py", "--what=attention", "--generator=smollm2-135m", *SMALL)
+    assert len(re.findall(r" ms$", out, re.M)) == 5 and "ours and FlexAttention: largest difference" in out
+
+
+def test_lora_in_short():
+    out = run("bench.py", "--what=lora", "--hidden=16,32", "--ranks=2,4", "--repeats=2", "--device=cpu", "--dtype=float32")
+    assert len(re.findall(r"ours / PEFT: time [\d.]+ .* memory kept for the backward pass ([\d.]+)", out)) == 4
+    assert all(float(ratio) <= 1 for ratio in re.findall(r"backward pass ([\d.]+)", out))
 
 
 def test_prepare_beside_the_usual_way(tiny, tmp_path):
@@ -14,6 +96,14 @@ def test_prepare_beside_the_usual_way(tiny, tmp_path):
     assert len(re.findall(r"/s  \(", out)) == 6
 
 
-def test_bad_input(tmp_path):
-    assert "--corpus=FILE" in run("bench.py", "--corpus=nowhere.jsonl", ok=False)
-    assert "what is prepare, not 'x'" in run("bench.py", "--what=x", ok=False)
+@pytest.mark.parametrize("args, message", [
+    (["--what=prepare", "--corpus=nowhere.jsonl"], "--corpus=FILE"),
+    (["--what=x"], "what is flops, time, train, attention, lora, decode or prepare, not 'x'"),
+    (["--docs=1..x"], "docs is a number, several with commas, or a range like 1..50, not '1..x'"),
+    (["--docs=0"], "docs must be at least 1"),
+    (["--generator=gpt-5"], "generator is mistral-7b, .* or, but for flops, a model's folder, not 'gpt-5'"),
+    (["--what=time", "--docs=1,2"], "docs is one number"),
+    (["--what=time", "--generator=smollm2-135m", "--compressors=x"], "compressors are n_layers_N, llama_1b and modernbert"),
+])
+def test_bad_input(args, message):
+    assert re.search(message, run("bench.py", *args, ok=False))
