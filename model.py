@@ -371,6 +371,11 @@ class ScaleDown(nn.Module):
                              position_ids=here, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
         return out.logits[:, -1].float()
 
+    def next(self, token, slot, real, positions, cache):
+        """Logits (B, V) behind a token (B,) at a slot (1,) of the cache: all that is done once a token, and what to
+        compile."""
+        return self.read(self.generator.get_input_embeddings()(token)[:, None], slot, real, positions, cache)
+
     def beginning(self):
         """Keys and values of what every compressed prompt begins with: computed once, and again when a weight of the
         generator has changed."""
@@ -388,22 +393,20 @@ class ScaleDown(nn.Module):
         """Prompt embeddings x (B, P, d) and mask (B, P) -> B answers, token by token with a key-value cache. beginning:
         keys and values of the first positions, which every row has in common. On XLA two graphs are all: the prompt's
         and a token's."""
-        (B, P), length = mask.shape, mask.shape[1] + max_new_tokens
-        self.check_length(length)
+        B, P = mask.shape
+        self.check_length(P + max_new_tokens)
         if x.device.type == "xla":
             import torch_xla.core.xla_model as xm
-        embed = self.generator.get_input_embeddings()
-        real = F.pad(mask, (0, max_new_tokens), value=True)
+        length = -(-(P + max_new_tokens) // 64) * 64  # few different ones: next() is compiled for each
+        real = F.pad(mask, (0, length - P), value=True)
         positions = (real.long().cumsum(1) - 1).clamp(min=0)
         cache, known = KVCache(length), 0
         for layer, kept in (beginning or {}).items():
             known = kept[0].shape[2]
             cache.layers[layer] = tuple(F.pad(t, (0, 0, 0, length - known)).repeat(B, 1, 1, 1) for t in kept)
-        x, slots, tokens = x[:, known:], torch.arange(known, P, device=x.device), []
-        done = torch.zeros(B, dtype=torch.bool)
-        stop = torch.tensor(self.stop_ids)
-        for slot in range(P, length):
-            logits = self.read(x, slots, real, positions, cache)
+        logits = self.read(x[:, known:], torch.arange(known, P, device=x.device), real, positions, cache)
+        tokens, done, stop = [], torch.zeros(B, dtype=torch.bool), torch.tensor(self.stop_ids)
+        for slot in range(P, P + max_new_tokens):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
@@ -416,9 +419,9 @@ class ScaleDown(nn.Module):
             tokens.append(token.cpu())
             done = done | torch.isin(tokens[-1], stop)
             tokens[-1] = tokens[-1].masked_fill(done, self.prompt.end_id)
-            if done.all():
+            if done.all() or len(tokens) == max_new_tokens:
                 break
-            x, slots = embed(token)[:, None], torch.tensor([slot], device=x.device)
+            logits = self.next(token, torch.tensor([slot], device=x.device), real, positions, cache)
         rows = torch.stack(tokens, 1).tolist()
         rows = [row[:row.index(self.prompt.end_id)] if self.prompt.end_id in row else row for row in rows]
         return [a.strip() for a in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]

@@ -33,6 +33,7 @@ temperature = 0.0  # 0 = greedy
 top_k = 0  # sample from the k likeliest tokens; 0 = from all
 batch_size = 32
 seed = 1337
+compile = False  # the step that writes a token; on CUDA with CUDA graphs. Takes a minute, pays on many questions
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 dtype = "bfloat16" if torch.cuda.is_available() else "float32"
 # -----------------------------------------------------------------------------
@@ -91,6 +92,8 @@ try:
 except (ValueError, OSError) as e:
     missing_toy = isinstance(e, FileNotFoundError) and out_dir == "out/toy/best"
     fail(str(e).splitlines()[0] + (": python train.py config/toy.py makes the toy" if missing_toy else ""))
+if compile:
+    model.next = torch.compile(model.next, mode="reduce-overhead", dynamic=False)
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]
 for x in examples:
     x["documents"] = x["documents"][:num_documents or None]

@@ -215,6 +215,16 @@ def test_the_prompts_beginning_is_computed_once_until_a_weight_changes(tiny, exa
     assert reads[0] == before and (model.beginning()[0][0] - kept).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+def test_the_step_of_a_token_can_be_compiled_whole(tiny, examples, name):
+    """sample.py --compile=True. By TorchDynamo alone, for a machine without a compiler."""
+    model = build(tiny, name)
+    asked = [x["query"] for x in examples], [x["documents"] for x in examples]
+    answers = model.generate(*asked, 6)
+    model.next = torch.compile(model.next, fullgraph=True, dynamic=False, backend="eager")
+    assert model.generate(*asked, 6) == answers
+
+
 def test_sampling(tiny, examples, monkeypatch):
     model = build(tiny)
     queries, documents = [x["query"] for x in examples], [x["documents"] for x in examples]
