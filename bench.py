@@ -93,7 +93,7 @@ SHAPES = {  # as in their config.json on the hub
 # Table 1: TFLOP for compression and in all, of Mistral-7B, which the query's tokens are left out of
 PAPER = {"none": (0, 20.33), "n_layers_5_separate_without_query": (3.04, 6.53),
          "n_layers_8_separate_without_query": (4.87, 8.36), "llama_1b_separate_without_query": (2.66, 6.15)}
-STYLES = {"none": "k-", "n_layers_8_separate": "C0--", "n_layers_8": "C0-o", "n_layers_5": "C1-o", "llama_1b": "C2-o",
+STYLES = {"none": "k-", "n_layers_8_separate": "C0--", "n_layers_8": "C0-o", "n_layers_5": "C1-o", "llama_1b": "C2:o",
           "modernbert": "C3-o"}
 
 
@@ -267,7 +267,7 @@ def draw(rows):
         axes.set(**labels)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         plt.gcf().set_size_inches(6.5, 4)
         plt.savefig(os.path.join(plot, name), bbox_inches="tight", metadata={"Date": None})
         plt.close()

@@ -208,6 +208,11 @@ class ScaleDown(nn.Module):
     def device(self):
         return self.sep.device
 
+    def train(self, mode=True):
+        if mode:
+            self.kept_beginning = None, None
+        return super().train(mode)
+
     # ---- text -> tensors
 
     def collate(self, examples, num_documents=None, fixed=False):
@@ -378,8 +383,8 @@ class ScaleDown(nn.Module):
 
     def beginning(self):
         """Keys and values of what every compressed prompt begins with: computed once, and again when a weight of the
-        generator has changed."""
-        version = (self.device, torch.is_autocast_enabled(self.device.type),
+        generator has changed, or the model been in training mode (fused optimisers change weights unseen)."""
+        version = (self.device, self.generator.dtype, torch.is_autocast_enabled(self.device.type),
                    sum(p._version for p in self.generator.parameters()))
         if self.kept_beginning[0] != version:
             x = self.generator.get_input_embeddings()(self.before_ids)[None]
@@ -397,7 +402,7 @@ class ScaleDown(nn.Module):
         self.check_length(P + max_new_tokens)
         if x.device.type == "xla":
             import torch_xla.core.xla_model as xm
-        length = -(-(P + max_new_tokens) // 64) * 64  # few different ones: next() is compiled for each
+        length = -(-(P + max_new_tokens) // 128) * 128  # few different ones: next() is compiled for each
         real = F.pad(mask, (0, length - P), value=True)
         positions = (real.long().cumsum(1) - 1).clamp(min=0)
         cache, known = KVCache(length), 0

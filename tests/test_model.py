@@ -206,13 +206,20 @@ def test_the_prompts_beginning_is_computed_once_until_a_weight_changes(tiny, exa
     assert reads[0] == before and reads[1][0] == len(before)
     reads.clear()
     assert model.generate(*asked, 4) == first and reads[0][0] == len(before)
-    kept = model.beginning()[0][0].clone()
-    optimizer = model.configure_optimizers(1e-1, 1e-1, 0.0, (0.9, 0.999))
-    model(model.collate(examples, 3))[0].backward()
-    optimizer.step()
-    reads.clear()
-    model.generate(*asked, 4)
-    assert reads[0] == before and (model.beginning()[0][0] - kept).abs().max() > 1e-3
+    for change in ("step in eval mode", "fused step", "dtype"):
+        kept = model.beginning()[0][0].clone()
+        if change == "dtype":
+            model.to(torch.bfloat16)
+        else:
+            model.train(change == "fused step")
+            optimizer = model.configure_optimizers(1e-1, 1e-1, 0.0, (0.9, 0.999), fused=change == "fused step")
+            model(model.collate(examples, 3))[0].backward()
+            optimizer.step()
+            model.eval()
+        reads.clear()
+        model.generate(*asked, 4)
+        now = model.beginning()[0][0]
+        assert reads[0] == before and (now.dtype != kept.dtype or (now - kept).abs().max() > 1e-3), change
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
