@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 import lora
-from model import SYSTEM, Prompt, ScaleDown, ScaleDownConfig
+from model import SYSTEM, KVCache, Prompt, ScaleDown, ScaleDownConfig
 
 GENERATORS = ["llama", "mistral", "qwen2", "gemma2", "gpt2"]
 
@@ -182,17 +182,34 @@ def test_greedy_generation_is_transformers_own(tiny, name, examples):
             assert model.tokenizer.decode(row, skip_special_tokens=True).strip() == ours[b]
 
 
-def test_generation_beyond_an_attention_window_is_transformers_own(tiny):
-    """Padding must not count within it: row by row, without any, against a batch."""
+def test_padding_does_not_count_within_an_attention_window(tiny):
+    """The logits behind prompts of unequal length, and behind one token more, against transformers' without padding."""
     model = build(tiny, "gemma3")
     plain = AutoModelForCausalLM.from_pretrained(tiny("gemma3"), dtype=torch.float32)
-    queries, documents = ["who is it?", "what?"], [["the bridge is made of stone " * 40] * 3, ["Mara keeps a hound."]]
-    ours = model.generate(queries, documents, 12, mode="full")
-    for row, prompt in zip(ours, model.full_prompts(queries, documents)):
-        ids = torch.tensor([model.prompt.ids(prompt)])
-        out = plain.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=0)
-        assert row == model.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
-    assert len(model.prompt.ids(model.full_prompts(queries, documents)[0])) > 256 + 50
+    model.generator.config.sliding_window = plain.config.sliding_window = 16
+    queries, documents = ["who is it?", "what?"], [["stone hound", "Mara"], ["The mayor of Loku is Tuson. Mara keeps a hound."]]
+    prompts = [model.prompt.ids(text) for text in model.full_prompts(queries, documents)]
+    x, mask = model.embed_prompts(queries, documents, mode="full")
+    P = mask.shape[1]
+    slots = torch.arange(P)
+    real = torch.nn.functional.pad(mask, (0, 1), value=True)
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    cache = KVCache(P + 1)
+    with torch.no_grad(), lora.adapter_off(model.generator):
+        first = model.read(x, slots, real, positions, cache)
+        second = model.next(torch.tensor([7, 7]), torch.tensor([P]), real, positions, cache)
+        for b, ids in enumerate(prompts):
+            logits = plain(torch.tensor([ids + [7]])).logits[0]
+            torch.testing.assert_close(first[b], logits[-2], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(second[b], logits[-1], atol=1e-4, rtol=1e-4)
+    assert len({*map(len, prompts)}) == 2
+    x, mask = model.embed_prompts(queries, documents)  # the second lacks a document in its middle
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model.read(x, torch.arange(x.shape[1]), mask, positions, KVCache(x.shape[1]))
+        for b in range(2):
+            alone = model.generator(inputs_embeds=x[b:b + 1, mask[b]]).logits[0, -1]
+            torch.testing.assert_close(logits[b], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_the_prompts_beginning_is_computed_once_until_a_weight_changes(tiny, examples):
