@@ -59,7 +59,7 @@ doc_tokens = 128
 num_memory_tokens = "8"  # flops: or several
 answer_tokens = 32
 compressors = "n_layers_8"  # time, train, decode: also n_layers_N, llama_1b, modernbert, several with commas
-batch = "1,8"  # time, train, decode, attention: queries at once
+batch = "1,8"  # time, train, decode: queries at once; attention: the largest of them
 ranks = "8,16,32,64"  # lora
 hidden = "576,4096"  # lora: of a layer, in and out
 json = ""  # write the rows into this file
@@ -145,7 +145,7 @@ def tflop(run):
     return counter.get_total_flops() / 1e12
 
 
-def generator_tflop(model, prompt):
+def generator_tflop(model, prompt, answer_tokens):
     """Of reading `prompt` embeddings and writing answer_tokens tokens, the last of which nothing reads."""
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
@@ -187,11 +187,10 @@ def compressors_of(folders, name, l):
     return made
 
 
-def flops_row(name, kind, k, l, compression, generation, full, **more):
+def flops_row(name, kind, compression, generation, full, **sizes):
     total = compression + generation
-    return dict(generator=name, name=kind, docs=k, query_tokens=query_tokens, doc_tokens=doc_tokens,
-                num_memory_tokens=l, answer_tokens=answer_tokens, compression_tflop=compression,
-                generator_tflop=generation, total_tflop=total, speedup=full / total, **more)
+    return dict(generator=name, name=kind, **sizes, compression_tflop=compression, generator_tflop=generation,
+                total_tflop=total, speedup=full / total)
 
 
 def bench_flops():
@@ -204,9 +203,9 @@ def bench_flops():
         for name in generator.split(","):
             model = AutoModelForCausalLM.from_pretrained(folders[name])
             for k in numbers("docs", docs):
-                full = generator_tflop(model, k * doc_tokens + query_tokens)
+                full = generator_tflop(model, k * doc_tokens + query_tokens, answer_tokens)
                 for l in numbers("num_memory_tokens", num_memory_tokens):
-                    short = generator_tflop(model, k * l + k - 1 + query_tokens)  # a SEP between two documents
+                    short = generator_tflop(model, k * l + k - 1 + query_tokens, answer_tokens)  # SEPs between them
                     costs = {}
                     for kind, c in compressors_of(folders, name, l).items():
                         costs[kind] = compression_tflop(c, k)
@@ -215,8 +214,10 @@ def bench_flops():
                             costs[f"{kind}_separate_without_query"] = separate_tflop(c, k, 0)
                             del layer_list(c.backbone)[-1].forward  # the whole of the last layer
                             costs[f"{kind}_packed"] = compression_tflop(c, k)
-                    here = [flops_row(name, "none", k, l, 0.0, full, full),
-                            *(flops_row(name, kind, k, l, cost, short, full) for kind, cost in costs.items())]
+                    sizes = dict(docs=k, query_tokens=query_tokens, doc_tokens=doc_tokens, num_memory_tokens=l,
+                                 answer_tokens=answer_tokens)
+                    here = [flops_row(name, "none", 0.0, full, full, **sizes),
+                            *(flops_row(name, kind, cost, short, full, **sizes) for kind, cost in costs.items())]
                     asked = (name, k, l, query_tokens, doc_tokens, answer_tokens)
                     paper = PAPER if asked == ("mistral-7b", 10, 8, 128, 128, 32) else {}
                     print(f"\n{name}: TFLOP for a query of {query_tokens} tokens, {k} documents of {doc_tokens}, "
@@ -231,24 +232,26 @@ def bench_flops():
 
 
 def run_row(out_dir):
-    """What a query costs in a run of train.py, and the exact match that it reached."""
+    """What a query costs in a run of train.py, with its own sizes, and the exact match that it reached."""
     try:
         _, c = read_config(f"{out_dir}/best")
+        k = torch.load(f"{out_dir}/last/optimizer.pt", weights_only=True, mmap=True)["run"]["num_documents"]
         with open(f"{out_dir}/metrics.jsonl") as f:
             scored = [x for x in map(loads, f) if "em" in x]
         model = AutoModelForCausalLM.from_pretrained(c.generator)
         sizes = dict(num_memory_tokens=c.num_memory_tokens, query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
-        compressor = (NLayersCompressor(c.generator, c.num_layers, **sizes) if c.compressor_type == "n_layers" else
-                      ModernBERTCompressor(c.compressor_model, model.config.hidden_size, c.projection_hidden, **sizes))
+        more = dict(sizes, enable_reranking=c.enable_reranking)
+        compressor = (NLayersCompressor(c.generator, c.num_layers, **more) if c.compressor_type == "n_layers" else
+                      ModernBERTCompressor(c.compressor_model, model.config.hidden_size, c.projection_hidden, **more))
     except (ValueError, OSError) as e:
         fail(str(e).splitlines()[0])
     if not scored:
         fail(f"{out_dir}/metrics.jsonl has no exact match: train with eval_samples")
-    k, = numbers("docs", docs)
-    full = generator_tflop(model, k * c.doc_tokens + c.query_tokens)
-    short = generator_tflop(model, k * (c.num_memory_tokens + 1) - 1 + c.query_tokens)
-    row = flops_row(c.generator, out_dir, k, c.num_memory_tokens, compression_tflop(compressor, k), short, full,
-                    em=min(scored, key=lambda x: x["val_loss"])["em"])
+    full = generator_tflop(model, k * c.doc_tokens + c.query_tokens, c.answer_tokens)
+    short = generator_tflop(model, k * (c.num_memory_tokens + 1) - 1 + c.query_tokens, c.answer_tokens)
+    row = flops_row(c.generator, out_dir, compression_tflop(compressor, k), short, full, docs=k, **sizes,
+                    answer_tokens=c.answer_tokens)
+    row["em"] = min(scored, key=lambda x: x["val_loss"])["em"]
     print(f"{out_dir:30} {1000 * row['total_tflop']:.3f} GFLOP a query, {row['speedup']:.2f}x, "
           f"exact match {row['em']:.3f}")
     return row
@@ -394,8 +397,12 @@ def memory(name):
 def alone(name, n, *more):
     """Peak memory in GB of a way, which a process of its own builds and calls; NaN where that does not fit."""
     command = [sys.executable, *sys.argv, f"--only={name}", f"--batch={n}", *more]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    return float(out.stdout.split()[-1]) if out.returncode == 0 else float("nan")
+    out = subprocess.run(command, capture_output=True, text=True)
+    if out.returncode == 0:
+        return float(out.stdout.split()[-1])
+    if out.stderr.splitlines()[-1:] and out.stderr.splitlines()[-1].startswith("error: "):
+        sys.exit(out.stderr.splitlines()[-1])
+    return float("nan")
 
 
 def agree(what, ours, theirs, tolerance):
@@ -431,18 +438,22 @@ def bench_time():
     rows, models = [], {}
     print(f"{generator} on {device}, {dtype}: a query of {query_tokens} tokens, {docs} documents of {doc_tokens}, "
           f"{num_memory_tokens} memory tokens, {answer_tokens} tokens written")
+    # before this process takes memory of its own
+    peaks = {(name, n): alone(name, n) for n in numbers("batch", batch) for name in names}
     for n in numbers("batch", batch):
         whole, compressing = {}, {}
         while len(whole) < len(names):
-            peaks = {name: alone(name, n) for name in names}
             try:
                 for name in names:
                     models[name], whole[name], compressing[name] = answering(name, n, models.get(name))
                     models[name].generator = models["none"].generator  # one is enough
                     whole[name]()
             except torch.OutOfMemoryError:
+                if n == 1:
+                    fail("one query alone does not fit")
                 print(f"batch {n} does not fit: half of it")
                 n, whole = n // 2, {}
+                peaks |= {(name, n): float("nan") for name in names if (name, n) not in peaks}
         for name in names:
             if name.endswith("_separate"):
                 kind = name.removesuffix("_separate")
@@ -452,7 +463,7 @@ def bench_time():
         base = statistics.median(whole["none"])
         for name in names:
             ms, compression = ([1000 * s / n for s in taken.get(name, [0.0])] for taken in (whole, compressing))
-            row = dict(name=name, batch=n, ms_a_query=ms, compression_ms_a_query=compression, peak_gb=peaks[name],
+            row = dict(name=name, batch=n, ms_a_query=ms, compression_ms_a_query=compression, peak_gb=peaks[name, n],
                        speedup=base / statistics.median(whole[name]))
             rows.append(row)
             print(f"batch {n:3}  {name:20} {spread(ms, '.1f'):>28} ms a query, of it compression "
@@ -492,26 +503,26 @@ def bench_train():
     """Tokens a second and peak memory of a training step, ours and as one would write it with the libraries."""
     if only:
         return print(peak_gb(training(only, int(batch), compressors.split(",")[0])[1]))
-    rows = []
-    for kind in compressors.split(","):
-        for n in numbers("batch", batch):
-            peaks = {name: alone(name, n, f"--compressors={kind}") for name in ("ours", "ordinary")}
-            ours, our_step, tokens = training("ours", n, kind)
-            theirs, their_step, _ = training("ordinary", n, kind)
-            print(f"{generator}, {kind}, on {device}, {dtype}: a training step on {n} queries of {query_tokens} "
-                  f"tokens, {docs} documents of {doc_tokens}, {num_memory_tokens} memory tokens, answers of "
-                  f"{answer_tokens}")
-            agree("the losses", our_step(update=False), their_step(update=False), TOLERANCE[dtype])
-            agree("the gradients of the memory tokens", ours.compressor.memory_tokens.grad,
-                  theirs.compressor.memory_tokens.grad, 10 * TOLERANCE[dtype])
-            taken = seconds({"ours": our_step, "ordinary": their_step})
-            for name, s in taken.items():
-                row = dict(name=name, compressor=kind, batch=n, tokens_per_s=[tokens / t for t in s],
-                           peak_gb=peaks[name])
-                rows.append(row)
-                print(f"{name:10} {spread(row['tokens_per_s'], ',.0f'):>28} tokens/s   peak {row['peak_gb']:.2f} GB")
-            faster = statistics.median(taken["ordinary"]) / statistics.median(taken["ours"])
-            print(f"ours: {faster:.2f}x the tokens/s, {rows[-2]['peak_gb'] / rows[-1]['peak_gb']:.2f} of the memory")
+    rows, ways = [], [(kind, n) for kind in compressors.split(",") for n in numbers("batch", batch)]
+    peaks = {(name, kind, n): alone(name, n, f"--compressors={kind}")
+             for kind, n in ways for name in ("ours", "ordinary")}
+    for kind, n in ways:
+        ours, our_step, tokens = training("ours", n, kind)
+        theirs, their_step, _ = training("ordinary", n, kind)
+        print(f"{generator}, {kind}, on {device}, {dtype}: a training step on {n} queries of {query_tokens} "
+              f"tokens, {docs} documents of {doc_tokens}, {num_memory_tokens} memory tokens, answers of "
+              f"{answer_tokens}")
+        agree("the losses", our_step(update=False), their_step(update=False), TOLERANCE[dtype] / 10)
+        agree("the gradients of the memory tokens", ours.compressor.memory_tokens.grad,
+              theirs.compressor.memory_tokens.grad, TOLERANCE[dtype])
+        taken = seconds({"ours": our_step, "ordinary": their_step})
+        for name, s in taken.items():
+            row = dict(name=name, compressor=kind, batch=n, tokens_per_s=[tokens / t for t in s],
+                       peak_gb=peaks[name, kind, n])
+            rows.append(row)
+            print(f"{name:10} {spread(row['tokens_per_s'], ',.0f'):>28} tokens/s   peak {row['peak_gb']:.2f} GB")
+        faster = statistics.median(taken["ordinary"]) / statistics.median(taken["ours"])
+        print(f"ours: {faster:.2f}x the tokens/s, {rows[-2]['peak_gb'] / rows[-1]['peak_gb']:.2f} of the memory")
     return rows
 
 
@@ -520,10 +531,9 @@ def bench_attention():
     FlexAttention with a block mask. Forward, and forward and backward (FlexAttention has none on a CPU)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if generator not in SHAPES:
-        fail(f"--what=attention takes a shape: {', '.join(SHAPES)}")
-    shape, B, k = SHAPES[generator], numbers("batch", batch)[0], int(docs)
-    H, G, c = shape.num_attention_heads, shape.num_key_value_heads, shape.hidden_size // shape.num_attention_heads
+    shape, B, k = SHAPES[generator], max(numbers("batch", batch)), int(docs)
+    H, G = shape.num_attention_heads, shape.num_key_value_heads
+    c = getattr(shape, "head_dim", None) or shape.hidden_size // H
     Q, S = query_tokens, doc_tokens + int(num_memory_tokens)
     torch.manual_seed(0)
     q, key, value = (torch.randn(B, heads, Q + k * S, c, device=device, dtype=getattr(torch, dtype))
@@ -610,6 +620,7 @@ def bench_lora():
 def bench_decode():
     """Our generation beside transformers' generate(), from the same embeddings."""
     model, rows = build(compressors.split(",")[0], inference=True), []
+    model.generator.generation_config.eos_token_id = None  # theirs, too, writes answer_tokens tokens
     compiled_next = torch.compile(model.next, mode="reduce-overhead", dynamic=False)
     print(f"{generator} on {device}, {dtype}: {answer_tokens} tokens behind {docs} compressed documents")
     for n in numbers("batch", batch):
@@ -623,7 +634,7 @@ def bench_decode():
         def theirs(x=x, mask=mask):
             with torch.no_grad():
                 return model.generator.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=answer_tokens,
-                                                min_new_tokens=answer_tokens, do_sample=False, pad_token_id=0)
+                                                do_sample=False, pad_token_id=0)
         with patch.object(model.tokenizer, "batch_decode", lambda rows, **_: list(map(str, rows))):  # ids, not text
             answers = ours()
         cut = lambda row: row[:row.index(model.prompt.end_id)] if model.prompt.end_id in row else row
@@ -758,6 +769,16 @@ if __name__ == "__main__":
     if what not in (*benches, "prepare"):
         fail(f"what is {', '.join(benches)} or prepare, not '{what}'")
     device = torch_device(device)
+    if dtype not in TOLERANCE:
+        fail(f"dtype is float32 or bfloat16, not '{dtype}'")
+    if json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(json) or ".")):
+        fail(f"json={json} is a folder, or in none")
+    if plot:
+        several = runs or len(numbers("docs", docs) + numbers("num_memory_tokens", num_memory_tokens)) > 2
+        if what != "flops" or not several:
+            fail("plot takes --what=flops and several docs, num_memory_tokens or runs")
+        if os.path.exists(plot) and not os.path.isdir(plot):
+            fail(f"plot={plot} is not a folder")
     if what == "prepare":
         if not os.path.isfile(corpus):
             fail(f"--corpus=FILE: a file of texts to encode ({corpus or 'none given'})")
@@ -765,8 +786,9 @@ if __name__ == "__main__":
         bench_search()
         sys.exit()
     for name in generator.split(","):
-        if name not in SHAPES and (what == "flops" or not os.path.isdir(name)):
-            fail(f"generator is {', '.join(SHAPES)} or, but for flops, a model's folder, not '{name}'")
+        shapes = [shape for shape in SHAPES if shape != "modernbert-base"]
+        if name not in shapes and (what in ("flops", "attention") or not os.path.isdir(name)):
+            fail(f"generator is {', '.join(shapes)} or, but for flops and attention, a model's folder, not '{name}'")
     if what != "flops" and len(numbers("docs", docs) + numbers("num_memory_tokens", num_memory_tokens)) > 2:
         fail(f"docs is one number, and num_memory_tokens too, but for --what=flops: not {docs} and {num_memory_tokens}")
     rows = benches[what]()

@@ -113,7 +113,8 @@ class KeysAndValues:
 def only_memory(layer, n):
     """Makes a decoder layer compute its output for the last n positions of every block alone, MEM and RR, which is all
     that anything reads of the last layer; elsewhere its output is 0. The others get no further than keys and values
-    (and the queries that layers compute along with them: a hundredth of what 8 layers of Mistral-7B cost)."""
+    (and the queries that layers compute along with them: a hundredth of what 8 layers of Mistral-7B cost; MEM and RR,
+    which are few, come twice)."""
     call = inspect.unwrap(type(layer).forward)
     signature = inspect.signature(call)
     # transformers' layers name it in three ways

@@ -197,12 +197,14 @@ class ScaleDown(nn.Module):
         self.lora_weights = sum(p.numel() for p in self.generator.parameters() if p.requires_grad)
         self.compressor_weights = count(self.compressor.backbone)
         self.memory_weights = count(self.compressor) - self.compressor_weights  # read memory tokens only
-        if self.compressor.packed:  # and so does what comes behind queries, keys and values in its last layer
+        self.last_weights = 0  # what only MEM and RR meet: all behind queries, keys and values in a packed last layer
+        if self.compressor.packed:
             layer = layer_list(self.compressor.backbone)[-1]
             attention = next(m for m in layer.modules() if hasattr(m, "is_causal"))
-            *first, _ = [m.weight.numel() for m in attention.modules() if isinstance(m, (nn.Linear, Conv1D))]
-            self.memory_weights += count(layer) - sum(first)
-            self.compressor_weights -= count(layer) - sum(first)
+            first = [m for name, m in attention.named_modules() if isinstance(m, (nn.Linear, Conv1D))
+                     and name not in ("o_proj", "out_proj", "c_proj", "dense", "resid_proj")]
+            self.last_weights = count(layer) - sum(m.weight.numel() for m in first)
+            self.compressor_weights -= self.last_weights
 
     @property
     def device(self):
@@ -383,7 +385,8 @@ class ScaleDown(nn.Module):
 
     def beginning(self):
         """Keys and values of what every compressed prompt begins with: computed once, and again when a weight of the
-        generator has changed, or the model been in training mode (fused optimisers change weights unseen)."""
+        generator has changed, or the model been in training mode. (A change in eval mode by a fused optimiser, through
+        .data or under FSDP2 would go unseen.)"""
         version = (self.device, self.generator.dtype, torch.is_autocast_enabled(self.device.type),
                    sum(p._version for p in self.generator.parameters()))
         if self.kept_beginning[0] != version:
@@ -454,6 +457,7 @@ class ScaleDown(nn.Module):
         compressor += documents * (l + self.config.enable_reranking)
         generator = B * (len(self.before_ids) - 1) + documents * (l + 1) + batch["tail_mask"].sum().item()
         flops = (6 * compressor * self.compressor_weights + 6 * documents * l * self.memory_weights
+                 + 6 * documents * (l + self.config.enable_reranking) * self.last_weights
                  + generator * (4 * self.frozen_weights + 6 * self.lora_weights) + 4 * answer * self.head_weights)
         return answer, compressor + generator, flops
 

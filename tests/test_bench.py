@@ -57,6 +57,14 @@ def test_flops_of_other_shapes_and_their_plots(tmp_path):
     assert sorted(os.listdir(tmp_path / "plots")) == ["smollm2-135m_docs.svg", "smollm2-135m_num_memory_tokens.svg"]
 
 
+def test_cost_and_accuracy_of_a_run(trained, job, tmp_path):
+    _, out_dir, _ = job
+    run("bench.py", f"--runs={out_dir}", f"--json={tmp_path / 'rows.json'}", f"--plot={tmp_path}")
+    row, = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["docs"], row["num_memory_tokens"], row["answer_tokens"], row["query_tokens"]) == (3, 2, 8, 64)
+    assert row["total_tflop"] > 0 and 0 <= row["em"] <= 1 and (tmp_path / "accuracy.svg").exists()
+
+
 SMALL = ["--query_tokens=6", "--doc_tokens=8", "--docs=2", "--num_memory_tokens=2", "--answer_tokens=4",
          "--compressors=n_layers_2", "--batch=1,2", "--repeats=1", "--device=cpu", "--dtype=float32"]
 
@@ -101,7 +109,12 @@ def test_prepare_beside_the_usual_way(tiny, tmp_path):
     (["--what=x"], "what is flops, time, train, attention, lora, decode or prepare, not 'x'"),
     (["--docs=1..x"], "docs is a number, several with commas, or a range like 1..50, not '1..x'"),
     (["--docs=0"], "docs must be at least 1"),
-    (["--generator=gpt-5"], "generator is mistral-7b, .* or, but for flops, a model's folder, not 'gpt-5'"),
+    (["--generator=gpt-5"], "generator is mistral-7b, .* or, but for flops and attention, a model's folder, not 'gpt-5'"),
+    (["--json=nowhere/x.json"], "json=nowhere/x.json is a folder, or in none"),
+    (["--plot=x"], "plot takes --what=flops and several docs, num_memory_tokens or runs"),
+    (["--dtype=half"], "dtype is float32 or bfloat16, not 'half'"),
+    (["--runs=nowhere"], "nowhere/best holds no checkpoint"),
+    (["--what=time", "--generator=smollm2-135m", "--compressors=n_layers_99"], "num_layers=99, but"),
     (["--what=time", "--docs=1,2"], "docs is one number"),
     (["--what=time", "--generator=smollm2-135m", "--compressors=x"], "compressors are n_layers_N, llama_1b and modernbert"),
 ])
