@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from inspect import signature
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +186,7 @@ class ScaleDown(nn.Module):
             raise ValueError(f"compressor_type is n_layers or modernbert, not '{c.compressor_type}'")
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, hidden))  # stands between two documents
         self.register_buffer("before_ids", torch.tensor(self.prompt.ids(self.prompt.before)), persistent=False)
-        self.kept_beginning = None, None
+        self.kept_beginning, self.kept_caches = (None, None), None
         # transformers renamed past_key_values to cache in 5.24
         self.cache_name = "cache" if "cache" in signature(self.generator.forward).parameters else "past_key_values"
         self.tail_tokens = len(self.prompt.ids(self.prompt.between + self.prompt.after))
@@ -383,6 +384,13 @@ class ScaleDown(nn.Module):
         compile."""
         return self.read(self.generator.get_input_embeddings()(token)[:, None], slot, real, positions, cache)
 
+    def compile_next(self):
+        """Compiles next(), on CUDA into CUDA graphs. These want the cache at addresses that stay: from now on one is
+        kept for each number of queries and length."""
+        torch._dynamo.config.recompile_limit = 64  # one for each of them, adapter on and off
+        self.next = torch.compile(self.next, mode="reduce-overhead", dynamic=False)
+        self.kept_caches = {}
+
     def beginning(self):
         """Keys and values of what every compressed prompt begins with: computed once, and again when a weight of the
         generator has changed, or the model been in training mode. (A change in eval mode by a fused optimiser, through
@@ -409,10 +417,16 @@ class ScaleDown(nn.Module):
         real = F.pad(mask, (0, length - P), value=True)
         positions = (real.long().cumsum(1) - 1).clamp(min=0)
         cache, known = KVCache(length), 0
+        if self.kept_caches is not None:
+            cache = self.kept_caches.setdefault((B, length), cache)
         for layer, kept in (beginning or {}).items():
             known = kept[0].shape[2]
-            cache.layers[layer] = tuple(F.pad(t, (0, 0, 0, length - known)).repeat(B, 1, 1, 1) for t in kept)
+            cache.slots = torch.arange(known, device=x.device)
+            cache.update(*(t.expand(B, -1, -1, -1) for t in kept), layer)
         logits = self.read(x[:, known:], torch.arange(known, P, device=x.device), real, positions, cache)
+        if self.kept_caches is not None:
+            for t in chain(*cache.layers.values()):
+                torch._dynamo.mark_static_address(t)
         tokens, done, stop = [], torch.zeros(B, dtype=torch.bool), torch.tensor(self.stop_ids)
         for slot in range(P, P + max_new_tokens):
             if temperature == 0:

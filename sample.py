@@ -93,8 +93,7 @@ except (ValueError, OSError) as e:
     missing_toy = isinstance(e, FileNotFoundError) and out_dir == "out/toy/best"
     fail(str(e).splitlines()[0] + (": python train.py config/toy.py makes the toy" if missing_toy else ""))
 if compile:
-    torch._dynamo.config.recompile_limit = 64  # one for each length of the cache, size of a batch, adapter on and off
-    model.next = torch.compile(model.next, mode="reduce-overhead", dynamic=False)
+    model.compile_next()
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]
 for x in examples:
     x["documents"] = x["documents"][:num_documents or None]

@@ -84,6 +84,23 @@ def test_time_and_memory_in_short(what, tiny, tmp_path):
         assert all(0 < row["peak_gb"] < 1 for row in rows)
 
 
+def test_a_batch_that_does_not_fit_is_halved(tiny, tmp_path):
+    """On a machine that runs out of memory at more than two queries."""
+    code = f"""import sys, torch, model
+sys.argv = {["bench.py", "--what=time", f"--generator={tiny('llama')}", *SMALL, "--batch=8", f"--json={tmp_path / 'rows.json'}"]}
+generate = model.ScaleDown.generate
+def small(self, queries, *args, **kwargs):
+    if len(queries) > 2:
+        raise torch.OutOfMemoryError
+    return generate(self, queries, *args, **kwargs)
+model.ScaleDown.generate = small
+exec(compile(open("bench.py").read(), "bench.py", "exec"))"""
+    out = run("-c", code)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert "batch 8 does not fit: half of it\nbatch 4 does not fit" in out and {row["batch"] for row in rows} == {2}
+    assert len(rows) == 3 and all(row["ms_a_query"][0] > 0 for row in rows)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="FlexAttention on a CPU takes a compiler")
 def test_attention_in_short():
     out = run("bench.py", "--what=attention", "--generator=smollm2-135m", *SMALL)

@@ -240,13 +240,25 @@ def test_the_prompts_beginning_is_computed_once_until_a_weight_changes(tiny, exa
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
-def test_the_step_of_a_token_can_be_compiled_whole(tiny, examples, name):
-    """sample.py --compile=True. By TorchDynamo alone, for a machine without a compiler."""
+def test_the_step_of_a_token_is_compiled_whole_and_once(tiny, examples, name, monkeypatch):
+    """sample.py --compile=True. By TorchDynamo alone, for a machine without a compiler; the second batch has other
+    documents, and what the first has left in the cache."""
     model = build(tiny, name)
     asked = [x["query"] for x in examples], [x["documents"] for x in examples]
-    answers = model.generate(*asked, 6)
-    model.next = torch.compile(model.next, fullgraph=True, dynamic=False, backend="eager")
-    assert model.generate(*asked, 6) == answers
+    again = asked[0], [docs[:1] for docs in asked[1]]
+    answers = [model.generate(*q, 6) for q in (asked, again)]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **kwargs: compile(f, fullgraph=True, backend=backend, **kwargs))
+    model.compile_next()
+    assert [model.generate(*q, 6) for q in (asked, again)] == answers
+    caches = [t for cache in model.kept_caches.values() for layer in cache.layers.values() for t in layer]
+    assert len(graphs) == 1 and len(caches) == 8
+    assert all(hasattr(t, "_dynamo_static_input_type") for t in caches)
 
 
 def test_sampling(tiny, examples, monkeypatch):
