@@ -47,8 +47,9 @@ from transformers import (
 import prepare
 from compressor import ModernBERTCompressor, NLayersCompressor, layer_list, packed_attention
 from configurator import at_least, configure, fail, torch_device
+from data import document_text
 from lora import LoRALinear, layers
-from model import ScaleDown, ScaleDownConfig, document_text, read_config
+from model import ScaleDown, ScaleDownConfig, read_config
 
 # -----------------------------------------------------------------------------
 what = "flops"  # or time, train, attention, lora, decode, prepare

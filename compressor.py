@@ -149,7 +149,8 @@ class Compressor(nn.Module):
 
     Raises ValueError when query, document and memory tokens do not fit into the backbone's longest sequence."""
 
-    def __init__(self, tokenizer, backbone, num_memory_tokens, enable_reranking, query_tokens, doc_tokens):
+    def __init__(self, tokenizer, backbone, num_memory_tokens, enable_reranking, query_dependent, query_tokens,
+                 doc_tokens):
         super().__init__()
         backbone.config.use_cache = False
         self.tokenizer, self.backbone = tokenizer, backbone
@@ -169,8 +170,9 @@ class Compressor(nn.Module):
         self.end = [] if t.sep_token_id is None else [t.sep_token_id]
         # some tokenisers (SentencePiece) put a space at the start of every text: not of a newline within one
         self.between = self.end or t("x\n", add_special_tokens=False).input_ids[len(self.tokens(["x"], 9)[0]):]
-        self.longest = (len(self.start + self.between + self.end) + query_tokens + doc_tokens + num_memory_tokens
-                        + enable_reranking)
+        self.query_dependent = query_dependent
+        self.longest_query = max(1, len(self.start + self.between * query_dependent) + query_tokens * query_dependent)
+        self.longest = self.longest_query + doc_tokens + len(self.end) + num_memory_tokens + enable_reranking
         # RoBERTa and its kin count positions from padding_idx + 1
         table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
         self.first_position = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
@@ -193,18 +195,19 @@ class Compressor(nn.Module):
 
     def tokenize(self, queries, documents, k, fixed=False):
         """B queries, B lists of at most k document texts -> the tensors that forward() takes. A document that is
-        missing is read as an empty one. fixed: every batch has the same, the largest, shape."""
-        queries = [self.start + q + self.between for q in self.tokens(queries, self.query_tokens)]
+        missing is read as an empty one. Without query_dependent the query is left out (PISCO, arXiv 2501.16075). fixed:
+        every batch has the same, the largest, shape."""
+        queries = [self.start + q + self.between if self.query_dependent else self.start
+                   for q in self.tokens(queries, self.query_tokens)]
         texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
         docs = [d + self.end for d in self.tokens(texts, self.doc_tokens)]
-        longest_query = len(self.start + self.between) + self.query_tokens
         longest_doc = self.doc_tokens + len(self.end)
         B = len(queries)
         if not self.packed:
             rows = [queries[i // k] + d for i, d in enumerate(docs)]
-            ids, mask = left_pad(rows, longest_query + longest_doc if fixed else 1)
+            ids, mask = left_pad(rows, self.longest_query + longest_doc if fixed else 1)
             return dict(ids=ids.view(B, k, -1), mask=mask.view(B, k, -1))  # (B, k, T)
-        query_ids, query_mask = left_pad(queries, longest_query if fixed else 1)
+        query_ids, query_mask = left_pad(queries, self.longest_query if fixed else 1)
         doc_ids, doc_mask = left_pad(docs, longest_doc if fixed else 1)
         return dict(query_ids=query_ids, query_mask=query_mask,  # (B, Q)
                     doc_ids=doc_ids.view(B, k, -1), doc_mask=doc_mask.view(B, k, -1))  # (B, k, D)
@@ -262,8 +265,8 @@ class NLayersCompressor(Compressor):
     Raises ValueError where num_layers is not within the generator's, or its layers are not all of attention that a
     mask and position ids decide."""
 
-    def __init__(self, generator, num_layers=8, num_memory_tokens=8, enable_reranking=False, query_tokens=64,
-                 doc_tokens=128):
+    def __init__(self, generator, num_layers=8, num_memory_tokens=8, enable_reranking=False, query_dependent=True,
+                 query_tokens=64, doc_tokens=128):
         config = AutoConfig.from_pretrained(generator)
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(f"num_layers={num_layers}, but {generator} has {config.num_hidden_layers} layers")
@@ -277,7 +280,7 @@ class NLayersCompressor(Compressor):
         backbone = AutoModel.from_pretrained(generator, config=config, dtype=torch.float32)
         logging.set_verbosity(verbosity)
         super().__init__(AutoTokenizer.from_pretrained(generator), backbone, num_memory_tokens, enable_reranking,
-                         query_tokens, doc_tokens)
+                         query_dependent, query_tokens, doc_tokens)
 
 
 class ModernBERTCompressor(Compressor):
@@ -288,11 +291,11 @@ class ModernBERTCompressor(Compressor):
     the paper's OSCAR-llama), by name or folder."""
 
     def __init__(self, compressor_model, generator_hidden, projection_hidden=8096, num_memory_tokens=8,
-                 enable_reranking=False, query_tokens=64, doc_tokens=128):
+                 enable_reranking=False, query_dependent=True, query_tokens=64, doc_tokens=128):
         backbone = AutoModel.from_pretrained(compressor_model, dtype=torch.float32)
         if hasattr(backbone, "pooler"):  # BERT's, for [CLS]: it would never get a gradient here
             backbone.pooler = None
         super().__init__(AutoTokenizer.from_pretrained(compressor_model), backbone, num_memory_tokens,
-                         enable_reranking, query_tokens, doc_tokens)
+                         enable_reranking, query_dependent, query_tokens, doc_tokens)
         self.projection = nn.Sequential(nn.Linear(backbone.config.hidden_size, projection_hidden), nn.ReLU(),
                                         nn.Linear(projection_hidden, generator_hidden))

@@ -1,5 +1,5 @@
 """
-Training examples on disk, checksums, and the scores of answers.
+Training examples on disk, text to pretrain on, checksums, and the scores of answers.
 
 An example is one JSON object: {"query": str, "documents": [str or {"title", "text"}, ...], "answer": str,
 "reranking_scores": [float, ...]?, "answers": [gold str, ...]?}; a file is JSON Lines or one JSON list.
@@ -10,10 +10,12 @@ import json
 import math
 import mmap
 import os
+import random
 import re
 import string
 from array import array
 from collections import Counter
+from functools import partial
 from hashlib import sha256
 
 
@@ -30,6 +32,13 @@ def is_document(d):
     if isinstance(d, dict):
         return isinstance(d.get("text"), str) and isinstance(d.get("title", ""), str)
     return isinstance(d, str)
+
+
+def document_text(document):
+    """A document as the models read it: a string, or the title on a line of its own before the text."""
+    if isinstance(document, str):
+        return document
+    return f"{document.get('title', '')}\n{document['text']}".strip()
 
 
 def check_example(x, need_answer, need_scores):
@@ -67,6 +76,12 @@ class Examples:
     """
 
     def __init__(self, path, need_answer=True, need_scores=False):
+        self.read(path, partial(check_example, need_answer=need_answer, need_scores=need_scores))
+
+    parse = staticmethod(json.loads)
+
+    def read(self, path, check):
+        """check: says what is wrong with a parsed example, None when it is good."""
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} does not exist")
         self.path = path
@@ -76,10 +91,10 @@ class Examples:
         self.file = open(path, "rb")
         for start, end, text in self.list_items() if path.endswith(".json") else self.lines():
             try:
-                x = json.loads(text)
+                x = self.parse(text)
                 if b"\\ud" in text.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
                     json.dumps(x, ensure_ascii=False).encode()
-                wrong = check_example(x, need_answer, need_scores)
+                wrong = check(x)
             except ValueError as e:  # JSON or UTF-8
                 wrong = f"broken JSON: {e}"
             if wrong:
@@ -132,7 +147,37 @@ class Examples:
 
     def __getitem__(self, i):
         start, end = self.spans[2 * i], self.spans[2 * i + 1]
-        return json.loads(os.pread(self.file.fileno(), end - start, start))
+        return self.parse(os.pread(self.file.fileno(), end - start, start))
+
+
+class Chunks(Examples):
+    """Examples to pretrain on, two of every text: one asks for a chunk of it again, one for what comes behind a chunk
+    (auto-encoding and continuation; COCOM, arXiv 2407.09252, section 3.3; OSCAR, appendix I). Texts stand in a .jsonl
+    file, {"title", "text"} or strings, or else one a line. A chunk has at most max_tokens of the tokeniser's, begins
+    anywhere, and is the same every time.
+
+    Raises what Examples raises."""
+
+    REPEAT, CONTINUE = "Repeat it.", "Continue it."
+
+    def __init__(self, path, tokenizer, max_tokens):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        if not path.endswith((".jsonl", ".json")):
+            self.parse = lambda line: line.decode().strip()
+        self.read(path, lambda x: None if is_document(x) and document_text(x).strip() else "no text")
+
+    def __len__(self):
+        return 2 * super().__len__()
+
+    def __getitem__(self, i):
+        text = document_text(super().__getitem__(i // 2))
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        pieces = 1 + (i % 2 and len(offsets) > 1)
+        size = min(self.max_tokens, len(offsets) // pieces)
+        start = random.Random(i).randrange(len(offsets) - pieces * size + 1)
+        cut = lambda n: text[offsets[n][0]:offsets[n + size - 1][1]].strip()
+        return dict(query=self.CONTINUE if pieces == 2 else self.REPEAT, documents=[cut(start)],
+                    answer=cut(start + (pieces - 1) * size))
 
 
 def normalize(text):

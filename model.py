@@ -25,17 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, layer_list, left_pad, other_layers
+from data import document_text
 from lora import adapter_off, apply_lora, load_lora, load_tensors, save_lora
 
 SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
 SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
-
-
-def document_text(document):
-    """A document as the models read it: a string, or the title on a line of its own before the text."""
-    if isinstance(document, str):
-        return document
-    return f"{document.get('title', '')}\n{document['text']}".strip()
 
 
 def chat_messages(query, documents=None, system_role=True):
@@ -123,6 +117,7 @@ class ScaleDownConfig:
     num_memory_tokens: int = 8  # l
     enable_reranking: bool = False
     rerank_lambda: float = 0.05
+    query_dependent: bool = True  # False: the compressor reads documents alone, once for all queries
     query_tokens: int = 64
     doc_tokens: int = 128
     answer_tokens: int = 128
@@ -160,6 +155,8 @@ class ScaleDown(nn.Module):
         self.config = c = config
         if min(c.num_memory_tokens, c.query_tokens, c.doc_tokens, c.answer_tokens, c.lora_r) < 1:
             raise ValueError("num_memory_tokens, query_tokens, doc_tokens, answer_tokens and lora_r must be at least 1")
+        if c.enable_reranking and not c.query_dependent:
+            raise ValueError("enable_reranking scores documents for a query: it takes query_dependent=True")
         self.generator = AutoModelForCausalLM.from_pretrained(c.generator, dtype=dtype)
         shape = self.generator.config
         if "position_ids" not in signature(self.generator.forward).parameters or getattr(shape, "alibi", False):
@@ -177,7 +174,7 @@ class ScaleDown(nn.Module):
         self.tokenizer = AutoTokenizer.from_pretrained(c.generator)
         self.prompt, self.prompt_no_documents = Prompt(self.tokenizer), Prompt(self.tokenizer, with_documents=False)
         sizes = dict(num_memory_tokens=c.num_memory_tokens, enable_reranking=c.enable_reranking,
-                     query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
+                     query_dependent=c.query_dependent, query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
         if c.compressor_type == "n_layers":
             self.compressor = NLayersCompressor(c.generator, c.num_layers, **sizes)
         elif c.compressor_type == "modernbert":
@@ -329,14 +326,16 @@ class ScaleDown(nn.Module):
                 for q, docs in zip(queries, documents)]
 
     @torch.no_grad()
-    def embed_prompts(self, queries, documents, mode="compressed", num_documents=None):
+    def embed_prompts(self, queries, documents, mode="compressed", num_documents=None, memory=None):
         """B queries and B lists of documents -> what the generator reads: embeddings (B, P, d) and mask (B, P). On XLA
-        and TorchNeuron of one shape for all queries, given num_documents."""
+        and TorchNeuron of one shape for all queries, given num_documents. memory: as in generate()."""
         if mode == "compressed":
             examples = [dict(query=q, documents=d) for q, d in zip(queries, documents)]
             fixed = self.device.type in ("xla", "neuron")
             batch = self.to_device(self.collate(examples, num_documents, fixed))
-            return self.prompt_embeddings(self.compressor(**batch["compressor"])[0], batch)
+            if memory is None:
+                memory, _ = self.compressor(**batch["compressor"])
+            return self.prompt_embeddings(memory, batch)
         if not all(q.strip() for q in queries):
             raise ValueError("empty query")
         if mode == "full" and not all(documents):
@@ -345,8 +344,9 @@ class ScaleDown(nn.Module):
         return self.generator.get_input_embeddings()(ids.to(self.device)), mask.to(self.device)
 
     def generate(self, queries, documents, max_new_tokens=None, temperature=0.0, top_k=0, mode="compressed",
-                 num_documents=None):
-        """Answers (B strings) to B queries over B lists of documents. num_documents: as in collate().
+                 num_documents=None, memory=None):
+        """Answers (B strings) to B queries over B lists of documents. num_documents: as in collate(). memory
+        (B, k, l, d): of these documents, where compress() has made it already.
 
         mode: compressed; full (the same prompt with the documents' text, adapter off: the uncompressed model); none (no
         documents, adapter off). temperature 0 is greedy; top_k 0 samples from all tokens. max_new_tokens: answer_tokens
@@ -356,7 +356,7 @@ class ScaleDown(nn.Module):
         if mode not in ("compressed", "full", "none"):
             raise ValueError(f"mode is compressed, full or none, not '{mode}'")
         with torch.no_grad(), self.evaluating(), nullcontext() if mode == "compressed" else adapter_off(self.generator):
-            x, mask = self.embed_prompts(queries, documents, mode, num_documents)
+            x, mask = self.embed_prompts(queries, documents, mode, num_documents, memory)
             return self.decode(x, mask, max_new_tokens or self.config.answer_tokens, temperature, top_k,
                                self.beginning() if mode == "compressed" and self.device.type != "xla" else None)
 
@@ -517,13 +517,15 @@ class ScaleDown(nn.Module):
             json.dump({**asdict(self.config), "generator_identity": self.generator_identity}, f, indent=2)
 
     def load(self, out_dir):
-        """Loads the weights of a checkpoint into this model. Raises ValueError when they are of another backbone or of
-        other sizes, OSError when there is no checkpoint."""
+        """Loads the weights of a checkpoint into this model; RR stays as it is where the checkpoint has none. Raises
+        ValueError when they are of another backbone or of other sizes, OSError when there is no checkpoint."""
         saved, _ = read_config(out_dir)
         if saved["generator_identity"] != self.generator_identity:
             raise ValueError(f"the checkpoint {out_dir} was trained with another generator: its is "
                              f"{saved['generator_identity']}, {self.config.generator} is {self.generator_identity}")
         own = {**{f"compressor.{name}": p for name, p in self.compressor.named_parameters()}, "sep": self.sep}
+        if not saved["enable_reranking"]:
+            own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
         tensors = load_tensors(os.path.join(out_dir, "compressor.safetensors"), own)
         with torch.no_grad():
             for name, p in own.items():
@@ -554,6 +556,8 @@ def read_config(out_dir, **overrides):
         except ValueError as e:
             raise ValueError(f"{path} is damaged: {e}") from e
     settings = ScaleDownConfig.__dataclass_fields__.keys()
+    if isinstance(saved, dict):
+        saved.setdefault("query_dependent", True)  # there has not always been another way
     if not isinstance(saved, dict) or saved.keys() != settings | {"generator_identity"}:
         raise ValueError(f"{path} is not the config.json of a ScaleDown checkpoint")
     return saved, ScaleDownConfig(**{**{name: saved[name] for name in settings}, **overrides})

@@ -64,8 +64,8 @@ from transformers.models.auto import modeling_auto
 
 from compressor import left_pad
 from configurator import at_least, configure, fail, torch_device
-from data import file_sha256, mean_scores
-from model import Prompt, chat_messages, document_text
+from data import document_text, file_sha256, mean_scores
+from model import Prompt, chat_messages
 
 # -----------------------------------------------------------------------------
 dataset = "toy"  # the result goes into data/NAME
@@ -1169,7 +1169,8 @@ def draw_world(rng, k):
 def draw_example(rng, k=5):
     passages, questions = draw_world(rng, k)
     query, answer = rng.choice(questions)
-    return dict(query=query, documents=passages, answers=[answer])
+    scores = [5.0 if query[8:-1] in passage else -5.0 for passage in passages]  # "Lurinu's metal"
+    return dict(query=query, documents=passages, answers=[answer], reranking_scores=scores)
 
 
 # ---- its tokeniser and its language model
@@ -1286,6 +1287,10 @@ def make_toy():
             prompts = [prompt.text(x["query"], x["documents"]) for x in examples[i:i + 100]]
             for x, answer in zip(examples[i:i + 100], generate_answers(llm, tokenizer, prompts, 8)):
                 x["answer"] = answer
+        if split != "test":  # to pretrain on
+            with open(f"data/toy/corpus.{split}.jsonl", "w") as f:
+                passages = [d for x in examples for d in x["documents"]]
+                f.writelines(json.dumps(dict(_id=str(i), text=d)) + "\n" for i, d in enumerate(passages))
         with open(f"data/toy/{split}.jsonl.tmp", "w") as f:
             f.writelines(json.dumps(x) + "\n" for x in examples)
         os.replace(f"data/toy/{split}.jsonl.tmp", f"data/toy/{split}.jsonl")

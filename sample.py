@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from configurator import at_least, configure, fail, torch_device
-from data import Examples, is_document, mean_scores
-from model import ScaleDown, document_text
+from data import Examples, document_text, is_document, mean_scores
+from model import ScaleDown
 
 # -----------------------------------------------------------------------------
 out_dir = "out/toy/best"  # a checkpoint

@@ -36,16 +36,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoTokenizer
 
 from configurator import at_least, configure, fail, torch_device
-from data import Examples, file_sha256, mean_scores
+from data import Chunks, Examples, file_sha256, mean_scores
 from model import ScaleDown, ScaleDownConfig, read_config
 
 # -----------------------------------------------------------------------------
 # the paper's values (Table 7), for its N-layers compressor
 # i/o
 out_dir = "out"
-init_from = "scratch"  # or resume
+init_from = "scratch"  # or resume, or a checkpoint of another run to begin with, such as out/pretrain/best
 eval_only = False  # evaluate the checkpoint that lies in out_dir itself, such as out/toy/best, and stop
 eval_interval = 500
 eval_examples = 1000  # validation loss on so many examples
@@ -56,7 +57,8 @@ wandb_log = False
 wandb_project = "scaledown"
 wandb_run_name = ""
 # data
-train_data = "data/train.jsonl"
+task = "answer"  # or pretrain: text itself, from embeddings of it and of what stood before (data.py)
+train_data = "data/train.jsonl"  # for pretrain a corpus.jsonl, or a file of plain text
 val_data = "data/val.jsonl"
 num_documents = 5  # k
 # model
@@ -68,6 +70,7 @@ projection_hidden = 8096
 num_memory_tokens = 8
 enable_reranking = False
 rerank_lambda = 0.05
+query_dependent = True  # False: the compressor reads documents without the query, so that they can be stored
 query_tokens = 64
 doc_tokens = 128
 answer_tokens = 128
@@ -99,8 +102,12 @@ peak_tflops = 0.0  # of one device, for "mfu"; 0: looked up for some GPUs
 # -----------------------------------------------------------------------------
 config = configure(globals())
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save Ctrl-C just quits
-if init_from not in ("scratch", "resume"):
-    fail(f"init_from is scratch or resume, not '{init_from}'")
+if init_from not in ("scratch", "resume") and not os.path.isdir(init_from):
+    fail(f"init_from is scratch, resume or the folder of a checkpoint, not '{init_from}'")
+if task not in ("answer", "pretrain"):
+    fail(f"task is answer or pretrain, not '{task}'")
+if task == "pretrain" and enable_reranking:
+    fail("task=pretrain has no scores to learn: leave enable_reranking to the run that begins with it")
 if os.path.exists(out_dir) and not os.path.isdir(out_dir):
     fail(f"out_dir={out_dir} is not a folder")
 at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,
@@ -185,12 +192,15 @@ def host_sum(numbers):
 
 # data
 alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-if train_data == "data/toy/train.jsonl" and not os.path.exists(train_data) and rank == 0:
+if train_data.startswith("data/toy/") and not os.path.exists(train_data) and rank == 0:
     subprocess.run([sys.executable, "prepare.py", "--dataset=toy"], check=True, env=alone)
 host_sum(0)  # wait for it
 try:
-    train_set = Examples(train_data, need_scores=enable_reranking)
-    val_set = Examples(val_data, need_scores=enable_reranking)
+    if task == "pretrain":
+        tokenizer = AutoTokenizer.from_pretrained(generator)
+        train_set, val_set = (Chunks(path, tokenizer, doc_tokens) for path in (train_data, val_data))
+    else:
+        train_set, val_set = (Examples(path, need_scores=enable_reranking) for path in (train_data, val_data))
 except (ValueError, OSError) as e:
     fail(e)
 examples_per_step = batch_size * gradient_accumulation_steps
@@ -322,8 +332,8 @@ try:
                 fail(f"the checkpoint {out_dir} has {name}={value}, this run {name}={config[name]}")
         model.load(out_dir)
         say(f"evaluating {out_dir}")
-    elif init_from == "resume":
-        model.load(last)
+    elif init_from != "scratch":
+        model.load(last if init_from == "resume" else init_from)
 except (ValueError, OSError) as e:
     fail(str(e).splitlines()[0])
 if fsdp:

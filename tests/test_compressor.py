@@ -125,6 +125,25 @@ def test_modernbert_rows_equal_plain_passes_without_padding(tiny, name):
             torch.testing.assert_close(scores[b, i], c.score_head(h[-1])[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "modernbert"])
+def test_documents_alone(tiny, name):
+    """Without query_dependent a document is read by itself, whatever is asked, in one pass and exactly."""
+    kwargs = dict(num_memory_tokens=3, query_dependent=False)
+    c = (ModernBERTCompressor(tiny(name), 24, 20, **kwargs) if name == "modernbert" else
+         NLayersCompressor(tiny(name), 2, **kwargs)).eval()
+    c.start = [] if name == "qwen2" else c.start  # whose tokeniser has no BOS
+    memory, _ = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))
+    other, _ = c(**c.tokenize(QUERIES[::-1], DOCUMENTS, k=4, fixed=True))
+    backbone = AutoModel.from_pretrained(tiny(name)).eval() if name == "modernbert" else plain(c)
+    for b in range(2):
+        for i, document in enumerate(DOCUMENTS[b]):
+            ids = torch.tensor([c.start + c.tokens([document], 128)[0] + c.end])
+            x = torch.cat([c.backbone.get_input_embeddings()(ids), c.learned_tokens()[None]], dim=1)
+            alone = c.projection(backbone(inputs_embeds=x).last_hidden_state[0, -3:])
+            torch.testing.assert_close(memory[b, i], alone, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(other[b, i], alone, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["n_layers", "modernbert"])
 def test_query_and_document_do_not_share_their_tokens(tiny, kind):
     """A query and a document at their limits are read whole, what goes beyond is not."""

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from configurator import configure
-from data import Examples, mean_scores, score
+from data import Chunks, Examples, mean_scores, score
 
 GOOD = dict(query="who?", documents=["a", {"title": "T", "text": "b"}], answer="x", reranking_scores=[1, 2.5], answers=["x"])
 
@@ -113,3 +114,25 @@ def test_a_broken_config_file(tmp_path):
         with pytest.raises(SystemExit) as e:
             configure(dict(SETTINGS), [write(tmp_path / "c.py", text)])
         assert wrong in str(e.value) and "c.py" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_chunks_are_repeated_and_continued(tiny, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    texts = ["who is the mayor of Loku? " * 20, "The bridge is made of stone", "Loku"]
+    plain = write(tmp_path / "text.txt", "\n\n".join(texts) + "\n")
+    corpus = write(tmp_path / "corpus.jsonl", "".join(json.dumps(dict(_id=str(i), title="", text=t)) + "\n" for i, t in enumerate(texts)))
+    chunks = Chunks(plain, tokenizer, 8)
+    assert len(chunks) == 6 and [chunks[i] for i in range(6)] == [Chunks(corpus, tokenizer, 8)[i] for i in range(6)]
+    count = lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
+    for i in range(6):
+        x = chunks[i]
+        document, = x["documents"]
+        if i % 2 == 0 or texts[i // 2] == "Loku" and count("Loku") == 1:
+            assert x["query"] == Chunks.REPEAT and x["answer"] == document and document in texts[i // 2]
+        else:
+            assert x["query"] == Chunks.CONTINUE
+            assert any(document + space + x["answer"] in texts[i // 2] for space in ("", " "))
+    assert all(4 <= count(x) <= 9 for x in (chunks[0]["answer"], chunks[1]["answer"], *chunks[1]["documents"]))
+    assert chunks[2]["answer"] == texts[1] or count(texts[1]) > 8
+    with pytest.raises(ValueError, match="empty.jsonl, line 2: no text"):
+        Chunks(write(tmp_path / "empty.jsonl", '"a"\n{"title": "", "text": " "}\n'), tokenizer, 8)

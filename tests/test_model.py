@@ -261,6 +261,17 @@ def test_the_step_of_a_token_is_compiled_whole_and_once(tiny, examples, name, mo
     assert all(hasattr(t, "_dynamo_static_input_type") for t in caches)
 
 
+def test_documents_that_were_compressed_before(tiny, examples):
+    model = build(tiny)
+    asked = [x["query"] for x in examples], [x["documents"] for x in examples]
+    memory, _ = model.compress(*asked)
+    x, mask = model.embed_prompts(*asked)
+    model.compressor.forward = None  # is not called
+    again, mask_again = model.embed_prompts(*asked, memory=memory)
+    assert again.equal(x) and mask_again.equal(mask)
+    assert not model.embed_prompts(*asked, memory=memory.flip(1))[0].equal(x)
+
+
 def test_sampling(tiny, examples, monkeypatch):
     model = build(tiny)
     queries, documents = [x["query"] for x in examples], [x["documents"] for x in examples]

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import prepare
 from compressor import left_pad
-from data import Examples
-from model import ScaleDown, ScaleDownConfig, document_text
+from data import Examples, document_text
+from model import ScaleDown, ScaleDownConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["queries.jsonl", "corpus.jsonl", "run.retrieval.trec", "run.rerank.trec", "teacher.jsonl", "train.jsonl", "val.jsonl"]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from conftest import EXAMPLES, ROOT, curve, losses, metrics, run, torchrun
+from safetensors.torch import load_file
 
 from data import normalize
 from model import ScaleDown, ScaleDownConfig
@@ -95,6 +96,29 @@ def test_sample_answers_a_question(job, trained, tmp_path):
     assert sum(x.startswith("document ") for x in out.splitlines()) == 4
     out = run("sample.py", *args, f"--val_data={folder / 'val.jsonl'}")
     assert "teacher" in out
+
+
+def test_pretraining_and_what_begins_with_it(job, tmp_path):
+    args, _, folder = job
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 9))
+    pretrain = [*args, "--task=pretrain", f"--train_data={tmp_path / 'text.txt'}", f"--val_data={tmp_path / 'text.txt'}",
+                f"--out_dir={tmp_path / 'pre'}", "--num_documents=1", "--answer_tokens=16", "--max_iters=10"]
+    assert "task=pretrain has no scores to learn" in run("train.py", *pretrain, ok=False)
+    run("train.py", *pretrain, "--enable_reranking=False")
+    losses = [x["val_loss"] for x in metrics(tmp_path / "pre") if "val_loss" in x]
+    assert losses[-1] < losses[0]
+    # RR, which pretraining does not know, is new
+    begin = [*args, "--max_iters=1", "--generator_lr=0.0", "--compressor_lr=0.0", f"--init_from={tmp_path / 'pre/last'}"]
+    run("train.py", *begin, f"--out_dir={tmp_path / 'out'}")
+    for name in ("compressor", "adapter_model"):
+        before, after = (load_file(f"{tmp_path}/{run}/last/{name}.safetensors") for run in ("pre", "out"))
+        assert all(after[key].equal(before[key]) for key in before)
+        new = {"compressor.rr_token", "compressor.score_head.weight", "compressor.score_head.bias"}
+        assert after.keys() - before.keys() == (new if name == "compressor" else set())
+    out = f"--out_dir={tmp_path / 'none'}"
+    assert "does not fit this model" in run("train.py", *begin, out, "--num_memory_tokens=3", ok=False)
+    assert "init_from is scratch, resume or the folder" in run("train.py", *begin, out, "--init_from=nowhere", ok=False)
+    assert "takes query_dependent=True" in run("train.py", *args, out, "--query_dependent=False", ok=False)
 
 
 def test_best_stays_the_best(job, trained, tmp_path):

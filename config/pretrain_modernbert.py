@@ -1,0 +1,20 @@
+# ModernBERT-base learns to be read by Mistral-7B, from text alone (paper, appendix I); config/modernbert.py can begin
+# with it: --init_from=out/pretrain_modernbert/best. A corpus of chunks of 128 tokens, each twice: repeat, continue.
+out_dir = "out/pretrain_modernbert"
+task = "pretrain"
+train_data = "data/pretrain/train.jsonl"
+val_data = "data/pretrain/val.jsonl"
+generator = "mistralai/Mistral-7B-Instruct-v0.2"
+compressor_type = "modernbert"
+compressor_model = "answerdotai/ModernBERT-base"
+projection_hidden = 8096
+num_memory_tokens = 8
+num_documents = 1
+answer_tokens = 128
+batch_size = 8
+gradient_accumulation_steps = 16
+generator_lr = 1e-4
+compressor_lr = 1e-4
+warmup_ratio = 0.05
+weight_decay = 0.1
+gradient_checkpointing = True
