@@ -125,6 +125,7 @@ import os, signal, sys, threading, time, traceback
 import torch, torch.distributed as dist, torch_xla, torch_xla.core.xla_model as xm, torch_xla.runtime as xr
 import torch_xla.debug.metrics as met, torch_xla.distributed.xla_backend
 from torch_xla._internal import pjrt
+from transformers import AutoTokenizer  # before two threads ask for it: its lazy import is no matter of theirs
 sys.argv = sys.argv[1:]; sys.path.insert(0, ".")
 barrier, box, sync = threading.Barrier(2), {}, torch_xla.sync
 
