@@ -1,5 +1,5 @@
 """
-Training examples on disk, text to pretrain on, checksums, and the scores of answers.
+Training examples and documents on disk, memory that was made before, checksums, and the scores of answers and rankings.
 
 An example is one JSON object: {"query": str, "documents": [str or {"title", "text"}, ...], "answer": str,
 "reranking_scores": [float, ...]?, "answers": [gold str, ...]?}; a file is JSON Lines or one JSON list.
@@ -17,6 +17,12 @@ from array import array
 from collections import Counter
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 def file_sha256(path):
@@ -78,7 +84,7 @@ class Examples:
     def __init__(self, path, need_answer=True, need_scores=False):
         self.read(path, partial(check_example, need_answer=need_answer, need_scores=need_scores))
 
-    parse = staticmethod(json.loads)
+    kind, parse = "examples", staticmethod(json.loads)
 
     def read(self, path, check):
         """check: says what is wrong with a parsed example, None when it is good."""
@@ -87,7 +93,7 @@ class Examples:
         self.path = path
         self.spans = array("q")  # start and end of example i at 2 i and 2 i + 1
         if os.path.getsize(path) == 0:
-            raise ValueError(f"{path} holds no examples")
+            raise ValueError(f"{path} holds no {self.kind}")
         self.file = open(path, "rb")
         for start, end, text in self.list_items() if path.endswith(".json") else self.lines():
             try:
@@ -95,13 +101,13 @@ class Examples:
                 if b"\\ud" in text.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
                     json.dumps(x, ensure_ascii=False).encode()
                 wrong = check(x)
-            except ValueError as e:  # JSON or UTF-8
-                wrong = f"broken JSON: {e}"
+            except ValueError as e:
+                wrong = f"{'no UTF-8' if isinstance(e, UnicodeDecodeError) else 'broken JSON'}: {e}"
             if wrong:
                 raise ValueError(self.at(start, wrong))
             self.spans.extend((start, end))
         if not self.spans:
-            raise ValueError(f"{path} holds no examples")
+            raise ValueError(f"{path} holds no {self.kind}")
 
     def at(self, offset, wrong):
         with open(self.path, "rb") as f:
@@ -150,11 +156,24 @@ class Examples:
         return self.parse(os.pread(self.file.fileno(), end - start, start))
 
 
-class Chunks(Examples):
-    """Examples to pretrain on, two of every text: one asks for a chunk of it again, one for what comes behind a chunk
-    (auto-encoding and continuation; COCOM, arXiv 2407.09252, section 3.3; OSCAR, appendix I). Texts stand in a .jsonl
-    file, {"title", "text"} or strings, or else one a line. A chunk has at most max_tokens of the tokeniser's, begins
-    anywhere, and is the same every time.
+class Documents(Examples):
+    """The documents of a .jsonl file, {"title", "text"} objects or strings, or, one a line, of a file of plain text.
+
+    Raises what Examples raises."""
+
+    kind = "documents"
+
+    def __init__(self, path):
+        if not path.endswith((".jsonl", ".json")):
+            self.parse = lambda line: line.decode("utf-8-sig").strip()
+        self.read(path, lambda x: None if is_document(x) and document_text(x).strip() else
+                  "neither a text nor an object with 'title' and 'text'")
+
+
+class Chunks(Documents):
+    """Examples to pretrain on, two of every document: one asks for a chunk of it again, one for what comes behind a
+    chunk (auto-encoding and continuation; COCOM, arXiv 2407.09252, section 3.3; OSCAR, appendix I). A chunk has at most
+    max_tokens of the tokeniser's, begins anywhere, and is the same every time.
 
     Raises what Examples raises."""
 
@@ -162,9 +181,7 @@ class Chunks(Examples):
 
     def __init__(self, path, tokenizer, max_tokens):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        if not path.endswith((".jsonl", ".json")):
-            self.parse = lambda line: line.decode().strip()
-        self.read(path, lambda x: None if is_document(x) and document_text(x).strip() else "no text")
+        super().__init__(path)
 
     def __len__(self):
         return 2 * super().__len__()
@@ -178,6 +195,64 @@ class Chunks(Examples):
         cut = lambda n: text[offsets[n][0]:offsets[n + size - 1][1]].strip()
         return dict(query=self.CONTINUE if pieces == 2 else self.REPEAT, documents=[cut(start)],
                     answer=cut(start + (pieces - 1) * size))
+
+
+class Store:
+    """Memory of documents, made once for all queries (query_dependent=False): shards of safetensors, memory-mapped,
+    each with "keys" (n,), the first eight bytes of the sha256 of every document's text, and "memory" (n, l, d). What it
+    was made of, a compressor and a corpus, stands in their metadata.
+
+    Raises FileNotFoundError for no store, ValueError for a damaged one or one of another compressor or corpus."""
+
+    def __init__(self, folder, **made_of):
+        """made_of: compressor, and corpus where it matters: file_sha256() of each."""
+        self.folder = folder
+        self.paths = sorted(Path(folder).glob("*.safetensors"))
+        if not self.paths:
+            raise FileNotFoundError(f"{folder} holds no store: sample.py --compress=CORPUS --store={folder} makes one")
+        self.shards = [self.open(path, made_of) for path in self.paths]
+        keys = [shard.get_tensor("keys").numpy() for shard in self.shards]
+        shard, row = np.repeat(range(len(keys)), [*map(len, keys)]), np.concatenate([np.arange(len(k)) for k in keys])
+        keys = np.concatenate(keys)
+        order = keys.argsort()
+        self.keys, self.where = keys[order], np.stack([shard, row], 1)[order]  # (N,), (N, 2)
+
+    @staticmethod
+    def open(path, made_of):
+        try:
+            shard = safe_open(path, framework="pt")
+        except SafetensorError as e:
+            raise ValueError(f"{path} is damaged: {e}") from e
+        for name, digest in made_of.items():
+            if (shard.metadata() or {}).get(name) != digest:
+                raise ValueError(f"{path} was made of another {name}: choose another folder, or delete this one")
+        return shard
+
+    @staticmethod
+    def key(document):
+        return int.from_bytes(sha256(document_text(document).encode()).digest()[:8], "little", signed=True)
+
+    @classmethod
+    def write(cls, folder, number, documents, memory, **made_of):
+        """Adds a shard: memory (n, l, d) of n documents. It is there when it is complete."""
+        os.makedirs(folder, exist_ok=True)
+        keys = torch.tensor([cls.key(d) for d in documents])
+        path = f"{folder}/{number:05d}.safetensors"
+        save_file(dict(keys=keys, memory=memory.cpu().contiguous()), f"{path}.tmp", metadata=made_of)
+        os.replace(f"{path}.tmp", path)
+
+    def memory(self, documents):
+        """B lists of documents -> memory (B, k, l, d), k the longest list's length; 0 for a document that is missing.
+        Raises ValueError for one that is not in the store."""
+        flat = [d for docs in documents for d in docs]
+        keys = np.array([self.key(d) for d in flat])
+        at = self.keys.searchsorted(keys).clip(max=len(self.keys) - 1)
+        for i in np.flatnonzero(self.keys[at] != keys):
+            raise ValueError(f"{self.folder} has no memory of the document '{document_text(flat[i])[:60]}'")
+        rows = iter([self.shards[i].get_slice("memory")[row:row + 1] for i, row in self.where[at].tolist()])
+        k, nothing = max(map(len, documents)), torch.zeros_like(self.shards[0].get_slice("memory")[:1])
+        return torch.stack([torch.cat([next(rows) if i < len(docs) else nothing for i in range(k)])
+                            for docs in documents])
 
 
 def normalize(text):
@@ -202,8 +277,43 @@ def score(answer, golds):
     return em, f1, match
 
 
+def references(example):
+    """What answers are scored against: the gold answers or, where there are none, the teacher's answer."""
+    return example.get("answers") or [example["answer"]]
+
+
 def mean_scores(answers, examples):
-    """The mean of score() over examples, against their gold answers or, where they have none, the teacher's answer:
-    {"em", "f1", "match"}."""
-    rows = [score(a, x.get("answers") or [x["answer"]]) for a, x in zip(answers, examples)]
+    """The mean of score() over examples: {"em", "f1", "match"}."""
+    rows = [score(a, references(x)) for a, x in zip(answers, examples)]
     return {name: sum(column) / len(rows) for name, column in zip(("em", "f1", "match"), zip(*rows))}
+
+
+def interval(values, resamples=1000):
+    """The 95% confidence interval of a mean: percentiles of the means of bootstrap resamples (Efron, 1979)."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    return np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def read_qrels(path):
+    """{query id: {document id: relevance}} of BEIR's tab-separated qrels, with a header. Raises OSError, ValueError."""
+    qrels = {}
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            row = line.rstrip("\n").split("\t")
+            if number == 1 and row == ["query-id", "corpus-id", "score"] or not line.strip():
+                continue
+            try:
+                query, document, relevance = row
+                qrels.setdefault(query, {})[document] = int(relevance)
+            except ValueError:
+                raise ValueError(f"{path}, line {number}: not query-id, corpus-id, score between tabs") from None
+    return qrels
+
+
+def ndcg(ranking, relevance, k=10):
+    """nDCG@k of one query, as trec_eval's ndcg_cut: ids of documents, best first, and {id: relevance}, of which the
+    ideal ranking is made, too."""
+    gain = lambda relevances: sum(max(r, 0) / math.log2(i + 2) for i, r in enumerate(relevances[:k]))
+    ideal = gain(sorted(relevance.values(), reverse=True))
+    return gain([relevance.get(id, 0) for id in ranking]) / ideal if ideal else 0.0

@@ -84,6 +84,14 @@ def unmerge(model):
             m.merged = False
 
 
+def merge_and_unload(model):
+    """Merges, and puts the linear layers back in their places: an ordinary model again."""
+    merge(model)
+    for name, m in layers(model):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, m.base)
+
+
 @contextmanager
 def adapter_off(model):
     """Within it `model` is the frozen base model. Raises RuntimeError when the adapter is merged."""

@@ -36,9 +36,37 @@ def chat_messages(query, documents=None, system_role=True):
     """The chat behind every prompt; documents: their texts as one string, None for a prompt without any."""
     system = SYSTEM_NO_DOCUMENTS if documents is None else SYSTEM
     user = f"Question: {query}" if documents is None else f"Background:\n{documents}\n\nQuestion: {query}"
+    return with_system(system, user, system_role)
+
+
+def with_system(system, user, system_role=True):
+    """A template without a system role gets the system line in the user's turn."""
     if system_role:
         return [dict(role="system", content=system), dict(role="user", content=user)]
     return [dict(role="user", content=f"{system}\n\n{user}")]
+
+
+def render(tokenizer, messages, answer):
+    """A chat as text, by the tokeniser's template, and what the template writes behind it when `answer` is given;
+    messages: by whether there is a system role -> (text, rest, system_role). A tokeniser without a template gets plain
+    text. Raises ValueError where the template takes an answer for something else."""
+    if tokenizer.chat_template is None:
+        bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else None
+        return f"{bos or ''}{messages(False)[0]['content']}\n\nAnswer:", f" {answer}", False
+    for system_role in (True, False):
+        chat = messages(system_role)
+        # enable_thinking: models that can reason aloud first (Qwen3) answer at once; others ignore it
+        template = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+        try:
+            text = template(chat, add_generation_prompt=True)
+            whole = template(chat + [dict(role="assistant", content=answer)])
+        except Exception:  # a template refuses a role by raising, each in its own way
+            if not system_role:
+                raise
+            continue
+        if whole.startswith(text) and (chat[0]["content"] in text or not system_role):
+            return text, whole[len(text):], system_role
+    raise ValueError("the chat template does not write an answer behind its own generation prompt")
 
 
 class Prompt:
@@ -52,31 +80,12 @@ class Prompt:
     def __init__(self, tokenizer, with_documents=True):
         self.tokenizer = tokenizer
         D, Q, A = "[[documents]]", "[[query]]", "[[answer]]"
-        documents = D if with_documents else None
-        self.system_role = tokenizer.chat_template is not None
-        messages = chat_messages(Q, documents, self.system_role)
-        if tokenizer.chat_template is None:
-            bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else None
-            text, answer_start, end = f"{bos or ''}{messages[0]['content']}\n\nAnswer:", " ", ""
-        else:
-            def render(messages, **kwargs):
-                # enable_thinking: models that can reason aloud first (Qwen3) answer at once; others ignore it
-                return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **kwargs)
-            answer = dict(role="assistant", content=A)
-            try:
-                text, whole = render(messages, add_generation_prompt=True), render(messages + [answer])
-            except Exception:  # a template refuses a role by raising, each in its own way
-                text = whole = ""
-            if messages[0]["content"] not in text or not whole.startswith(text):
-                self.system_role, messages = False, chat_messages(Q, documents, system_role=False)
-                text, whole = render(messages, add_generation_prompt=True), render(messages + [answer])
-            if not whole.startswith(text):
-                raise ValueError("the chat template does not write an answer behind its own generation prompt")
-            # what a template puts between its generation prompt and an answer, such as a space
-            answer_start, end = whole[len(text):].split(A)
+        messages = partial(chat_messages, Q, D if with_documents else None)
+        text, rest, self.system_role = render(tokenizer, messages, A)
+        # what a template puts between its generation prompt and an answer, such as a space
+        self.answer_start, end = rest.split(A)
         self.before, rest = text.split(D) if with_documents else ("", text)
         self.between, self.after = rest.split(Q)
-        self.answer_start = answer_start
         special = [t for t in self.ids(end.strip())[:1] if t in tokenizer.get_added_vocab().values()]
         self.end_id = special[0] if special else tokenizer.eos_token_id
         if self.end_id is None:
@@ -124,6 +133,7 @@ class ScaleDownConfig:
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1
+    compressor_lora_r: int = 0  # LoRA on the compressor's backbone, too; 0: all of it is trained, as in the paper
 
 
 class KVCache:
@@ -203,6 +213,8 @@ class ScaleDown(nn.Module):
                      and name not in ("o_proj", "out_proj", "c_proj", "dense", "resid_proj")]
             self.last_weights = count(layer) - sum(m.weight.numel() for m in first)
             self.compressor_weights -= self.last_weights
+        if c.compressor_lora_r:
+            apply_lora(self.compressor.backbone, c.compressor_lora_r, c.lora_alpha, c.lora_dropout)
 
     @property
     def device(self):
@@ -464,14 +476,15 @@ class ScaleDown(nn.Module):
         costs 6 FLOPs for each trained weight of a matrix product that it meets and 4 for each frozen one, which needs
         no gradient of its own (PaLM, arXiv 2204.02311, appendix B, counts 6 for all); attention's own products and
         what gradient checkpointing computes again are left out."""
+        each = 4 if self.config.compressor_lora_r else 6
         answer, documents = (batch["labels"] != -100).sum().item(), batch["present"].sum().item()
         l, B = self.config.num_memory_tokens, len(batch["labels"])
         masks = [t for name, t in batch["compressor"].items() if name.endswith("mask")]  # (B, T) or (B, k, T)
         compressor = sum((t & batch["present"][..., None] if t.dim() == 3 else t).sum().item() for t in masks)
         compressor += documents * (l + self.config.enable_reranking)
         generator = B * (len(self.before_ids) - 1) + documents * (l + 1) + batch["tail_mask"].sum().item()
-        flops = (6 * compressor * self.compressor_weights + 6 * documents * l * self.memory_weights
-                 + 6 * documents * (l + self.config.enable_reranking) * self.last_weights
+        flops = (each * compressor * self.compressor_weights + 6 * documents * l * self.memory_weights
+                 + each * documents * (l + self.config.enable_reranking) * self.last_weights
                  + generator * (4 * self.frozen_weights + 6 * self.lora_weights) + 4 * answer * self.head_weights)
         return answer, compressor + generator, flops
 
@@ -523,7 +536,7 @@ class ScaleDown(nn.Module):
         if saved["generator_identity"] != self.generator_identity:
             raise ValueError(f"the checkpoint {out_dir} was trained with another generator: its is "
                              f"{saved['generator_identity']}, {self.config.generator} is {self.generator_identity}")
-        own = {**{f"compressor.{name}": p for name, p in self.compressor.named_parameters()}, "sep": self.sep}
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("generator.")}
         if not saved["enable_reranking"]:
             own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
         tensors = load_tensors(os.path.join(out_dir, "compressor.safetensors"), own)
@@ -557,7 +570,7 @@ def read_config(out_dir, **overrides):
             raise ValueError(f"{path} is damaged: {e}") from e
     settings = ScaleDownConfig.__dataclass_fields__.keys()
     if isinstance(saved, dict):
-        saved.setdefault("query_dependent", True)  # there has not always been another way
+        saved = {"query_dependent": True, "compressor_lora_r": 0} | saved  # there has not always been another way
     if not isinstance(saved, dict) or saved.keys() != settings | {"generator_identity"}:
         raise ValueError(f"{path} is not the config.json of a ScaleDown checkpoint")
     return saved, ScaleDownConfig(**{**{name: saved[name] for name in settings}, **overrides})

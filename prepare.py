@@ -54,6 +54,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     ModernBertConfig,
     ModernBertModel,
     PreTrainedTokenizerFast,
@@ -916,8 +917,8 @@ def make_examples(folder):
                 continue
             documents = passages.of(hits)
             counts["fewer_documents"] += len(documents) < num_documents
-            x = dict(query=asked[id]["text"], documents=[dict(title=d["title"], text=d["text"]) for d in documents],
-                     answer=answers[id], reranking_scores=[score for _, score in hits])
+            x = dict(_id=id, query=asked[id]["text"], documents=documents, answer=answers[id],
+                     reranking_scores=[score for _, score in hits])
             if asked[id]["metadata"]["answers"]:
                 x["answers"] = asked[id]["metadata"]["answers"]
             counts["val" if fraction[id] <= limit else "train"] += 1
@@ -1260,16 +1261,17 @@ def train_llm(tokenizer, rng):
     return model.eval()
 
 
-def make_encoder(folder, tokenizer):
-    """A small ModernBERT of random weights over the same words, for config/toy_modernbert.py."""
+def make_encoder(folder, tokenizer, llm, model, config, **tokens):
+    """A small model for config/toy_modernbert.py that knows the same words, whose embeddings are the LLM's, and
+    nothing else: all other weights are random."""
     torch.manual_seed(seed)
-    cls, sep = tokenizer.convert_tokens_to_ids(["<|cls|>", "<|sep|>"])
-    ModernBertModel(ModernBertConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        initializer_range=0.08, cls_token_id=cls, bos_token_id=cls, sep_token_id=sep, eos_token_id=sep,
-        pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, cls_token="<|cls|>", sep_token="<|sep|>",
-                            pad_token="<|end|>").save_pretrained(folder)
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+    encoder = model(config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                           num_attention_heads=4, initializer_range=0.08, **ids))
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight.copy_(llm.get_input_embeddings().weight)
+    encoder.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokens).save_pretrained(folder)
 
 
 def make_toy():
@@ -1277,9 +1279,11 @@ def make_toy():
     Path("data/toy/train.jsonl").unlink(missing_ok=True)
     rng = random.Random(seed)
     tokenizer = make_tokenizer("data/toy/llm", rng)
-    make_encoder("data/toy/encoder", tokenizer)
     llm = train_llm(tokenizer, rng)
     llm.save_pretrained("data/toy/llm")
+    make_encoder("data/toy/encoder", tokenizer, llm, ModernBertModel, ModernBertConfig, cls_token="<|cls|>",
+                 sep_token="<|sep|>", pad_token="<|end|>")
+    make_encoder("data/toy/decoder", tokenizer, llm, LlamaModel, LlamaConfig, bos_token="<|cls|>", pad_token="<|end|>")
     prompt = Prompt(tokenizer)
     for split, n in (("test", test_examples), ("val", val_examples), ("train", train_examples)):
         examples = [draw_example(rng) for _ in range(n)]
@@ -1287,10 +1291,15 @@ def make_toy():
             prompts = [prompt.text(x["query"], x["documents"]) for x in examples[i:i + 100]]
             for x, answer in zip(examples[i:i + 100], generate_answers(llm, tokenizer, prompts, 8)):
                 x["answer"] = answer
-        if split != "test":  # to pretrain on
-            with open(f"data/toy/corpus.{split}.jsonl", "w") as f:
-                passages = [d for x in examples for d in x["documents"]]
-                f.writelines(json.dumps(dict(_id=str(i), text=d)) + "\n" for i, d in enumerate(passages))
+        for number, x in enumerate(examples):
+            x["_id"] = f"{split}{number}"
+            x["documents"] = [dict(_id=f"{split}{number}-{i}", text=d) for i, d in enumerate(x["documents"])]
+        with open(f"data/toy/corpus.{split}.jsonl", "w") as f:  # to pretrain on, to store the memory of
+            f.writelines(json.dumps(d) + "\n" for x in examples for d in x["documents"])
+        with open(f"data/toy/qrels.{split}.tsv", "w") as f:
+            f.write("query-id\tcorpus-id\tscore\n")
+            f.writelines(f"{x['_id']}\t{d['_id']}\t1\n" for x in examples
+                         for d, score in zip(x["documents"], x["reranking_scores"]) if score > 0)
         with open(f"data/toy/{split}.jsonl.tmp", "w") as f:
             f.writelines(json.dumps(x) + "\n" for x in examples)
         os.replace(f"data/toy/{split}.jsonl.tmp", f"data/toy/{split}.jsonl")

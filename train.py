@@ -77,6 +77,7 @@ answer_tokens = 128
 lora_r = 16
 lora_alpha = 32
 lora_dropout = 0.1
+compressor_lora_r = 0  # LoRA on the compressor instead of training all of it
 gradient_checkpointing = False
 # optimisation
 batch_size = 16  # examples a forward pass
@@ -692,7 +693,7 @@ while True:
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sample_at_end and not stopping and rank == 0:
-    args = dict(out_dir=best, val_data=val_data, num_documents=num_documents, device="cpu" if xla else device,
+    args = dict(out_dir=best, val_data=val_data, candidates=num_documents, device="cpu" if xla else device,
                 dtype=dtype)
     subprocess.run([sys.executable, "sample.py", *(f"--{name}={value}" for name, value in args.items())], check=True,
                    env=alone)

@@ -389,3 +389,31 @@ def test_nearest_tokens(tiny):
     memory = 3 * head[[10, 20, 30, 40]].view(1, 2, 2, -1)
     rows = model.nearest_tokens(memory, n=1)
     assert rows == [[[[model.tokenizer.decode([i]).strip()] for i in pair] for pair in ((10, 20), (30, 40))]]
+
+
+@pytest.mark.parametrize("compressor_type", ["n_layers", "modernbert"])
+def test_lora_on_the_compressor(tiny, examples, tmp_path, compressor_type):
+    """Trains LoRA, learned tokens and projection; the backbone's own weights stay. Equals a compressor whose weights
+    have the updates added, and comes back from a checkpoint."""
+    settings = dict(generator=tiny("llama"), compressor_type=compressor_type, num_layers=2, num_memory_tokens=2,
+                    compressor_model=tiny("modernbert"), projection_hidden=16, lora_r=4, lora_dropout=0.0)
+    model, plain = ScaleDown(ScaleDownConfig(**settings, compressor_lora_r=3)), ScaleDown(ScaleDownConfig(**settings))
+    before = {name: p.clone() for name, p in model.compressor.named_parameters()}
+    optimizer = model.configure_optimizers(1e-2, 1e-2, 0.0, (0.9, 0.95))
+    for _ in range(2):  # A has a gradient once B is not 0
+        model(model.collate(examples))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, p in model.compressor.named_parameters() if not p.equal(before[name])}
+    assert moved == {name for name in before if "lora_" in name or not name.startswith("backbone.")}
+    model.eval().save(tmp_path)
+    batch = model.collate(examples)["compressor"]
+    want = model.compressor(**batch)[0]
+    torch.testing.assert_close(ScaleDown.from_pretrained(tmp_path).compressor(**batch)[0], want)
+    weights = model.compressor.state_dict()
+    for name in [name for name in weights if name.endswith("lora_A")]:
+        layer = name.removesuffix("lora_A")
+        weights[f"{layer}base.weight"] += (32 / 3) * weights[f"{layer}lora_B"] @ weights[name]
+    weights = {name.replace(".base.", "."): t for name, t in weights.items() if "lora_" not in name}
+    plain.compressor.load_state_dict(weights)
+    torch.testing.assert_close(plain.eval().compressor(**batch)[0], want, atol=1e-5, rtol=1e-4)

@@ -290,7 +290,7 @@ def test_examples(settings, whole):
         q = queries[x["query"]]
         assert x["answer"] == answers[q["_id"]] != "" and x["answers"] == q["metadata"]["answers"]
         assert x["reranking_scores"] == [s for _, s in reranked[q["_id"]]]
-        assert x["documents"] == [dict(title=corpus[p]["title"], text=corpus[p]["text"]) for p, _ in reranked[q["_id"]]]
+        assert x["_id"] == q["_id"] and x["documents"] == [corpus[p] for p, _ in reranked[q["_id"]]]
 
 
 def test_the_split_does_not_move(settings, tmp_path, monkeypatch):

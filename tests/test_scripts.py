@@ -204,7 +204,7 @@ def test_bad_questions(job, trained, tmp_path):
     assert "batch_size must be at least 1" in run(*args, "--batch_size=0", ok=False)
     assert "leave out --query" in run(*args, "--query=who?", "--docs=LICENSE", "--data=LICENSE", ok=False)
     (tmp_path / "latin.txt").write_bytes("Café".encode("latin-1"))
-    assert "latin.txt: 'utf-8'" in run(*args, "--query=who?", f"--docs={tmp_path / 'latin.txt'}", ok=False)
+    assert "latin.txt, line 1: no UTF-8" in run(*args, "--query=who?", f"--docs={tmp_path / 'latin.txt'}", ok=False)
     assert "holds no checkpoint" in run("sample.py", "--out_dir=nowhere", "--query=who?", "--docs=LICENSE", ok=False)
 
 

@@ -48,8 +48,8 @@ def test_tokenizer_is_one_token_a_word_and_tiktokens_own(tmp_path):
 
 def toy(folder, prepare_settings, train_settings):
     """config/toy.py from nothing in a folder of its own; -> what train.py printed, the scores of data/toy/test.jsonl."""
-    for name in ("configurator", "data", "lora", "compressor", "model", "prepare", "train", "sample"):
-        shutil.copy(ROOT / f"{name}.py", folder)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
     shutil.copytree(ROOT / "config", folder / "config")
     script = (folder / "prepare.py").read_text()
     for name, value in prepare_settings.items():
@@ -64,11 +64,30 @@ def toy(folder, prepare_settings, train_settings):
     return out, json.loads(scores.splitlines()[-1])
 
 
-def test_the_toy_in_short(tmp_path):
-    out, scores = toy(tmp_path, dict(llm_steps=3, train_examples=64, val_examples=20, test_examples=10),
-                      ["--epochs=1.0", "--eval_samples=4"])
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    return folder, *toy(folder, dict(llm_steps=3, train_examples=64, val_examples=20, test_examples=10),
+                        ["--epochs=1.0", "--eval_samples=4"])
+
+
+def test_the_toy_in_short(short):
+    _, out, scores = short
     assert "2 steps of 32" in out and "positions read by the generator" in out and "teacher" in out
     assert scores.keys() == {"compressed", "full", "none"}
+
+
+@pytest.mark.parametrize("table, rows, has", [
+    ("compressors", 3, "encoder (ModernBERT), 2 layers | yes"), ("rate", 1, "25 | 4x"), ("length", 1, "5 of up to 20 tokens"),
+    ("documents", 6, "50"), ("query", 1, "1 | 20x"), ("training", 1, "all of it | 0.001 | 0.002"),
+    ("reranking", 2, "with it | the 5 best of 5")])
+def test_a_table_in_short(short, table, rows, has):
+    out = subprocess.run([sys.executable, "experiments.py", f"--table={table}", "--steps=2", "--pretrain_steps=2",
+                          "--max_samples=6", f"--rows={rows}"], cwd=short[0], check=True, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": ""}).stdout
+    lines = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(lines) == rows + 2 and lines[-1].startswith(f"| {has} | ")
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
 
 
 @pytest.mark.slow

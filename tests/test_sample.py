@@ -1,0 +1,207 @@
+"""sample.py's evaluation as a user runs it: reranking, stores, a judge, export; and the scores behind it."""
+
+import json
+import os
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import pytrec_eval
+import scipy.stats
+import torch
+from conftest import EXAMPLES, ROOT, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import Store, document_text, interval, ndcg, read_qrels
+from model import ScaleDown
+
+CPU = ["--device=cpu", "--dtype=float32"]
+
+
+def load(path):
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Examples whose queries and documents have ids, and qrels of them."""
+    folder = tmp_path_factory.mktemp("asked")
+    rng, rows = random.Random(0), []
+    texts = [document_text(d) for x in EXAMPLES for d in x["documents"]]
+    for n in range(6):
+        chosen = rng.sample(range(len(texts)), 4 - n % 2)
+        rows.append(dict(_id=f"q{n}", query=EXAMPLES[n % 3]["query"], answers=["stone", "the river"],
+                         documents=[dict(_id=f"d{i}#{n}", text=texts[i]) for i in chosen],
+                         reranking_scores=[rng.random() for _ in chosen]))
+    (folder / "asked.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    qrels = {f"q{n}": {f"d{i}": rng.randint(0, 2) for i in rng.sample(range(len(texts)), 5)} for n in range(5)}  # not q5
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(
+        f"{q}\t{d}\t{r}\n" for q, row in qrels.items() for d, r in row.items()))
+    return folder, rows, qrels
+
+
+def test_ndcg_is_trec_evals():
+    rng = random.Random(0)
+    for _ in range(50):
+        ids = [f"d{i}" for i in range(30)]
+        relevance = {id: rng.randint(-1, 3) for id in rng.sample(ids, 20)} | {"never found": 2}
+        ranking = rng.sample(ids, rng.randint(1, 25))
+        run = {"q": {id: float(-i) for i, id in enumerate(ranking)}}
+        want = pytrec_eval.RelevanceEvaluator({"q": relevance}, {"ndcg_cut.10"}).evaluate(run)["q"]["ndcg_cut_10"]
+        assert ndcg(ranking, relevance) == pytest.approx(want)
+
+
+def test_interval_is_the_percentile_bootstrap():
+    values = np.random.default_rng(1).random(200) < 0.3
+    want = scipy.stats.bootstrap((values.astype(float),), np.mean, method="percentile", n_resamples=5000, rng=0)
+    assert interval(values, 5000) == pytest.approx([*want.confidence_interval], abs=0.01)
+
+
+def test_the_best_candidates_by_relevance(job, trained, asked):
+    _, out_dir, _ = job
+    folder, rows, qrels = asked
+    out = run("sample.py", f"--out_dir={out_dir}/last", f"--data={folder}/asked.jsonl", "--candidates=3", "--keep=2",
+              f"--qrels={folder}/qrels.tsv", "--batch_size=4", *CPU)
+    scores, said = json.loads(out.splitlines()[-1]), load(f"{out_dir}/last/answers.asked.jsonl")
+    model = ScaleDown.from_pretrained(f"{out_dir}/last")
+    runs = dict(given={}, reranked={}, teacher={})
+    for x, row in zip(rows, said):
+        documents = x["documents"][:3]
+        relevance = [model.compress([x["query"]], [[d]])[1].item() for d in documents]
+        best = sorted(range(3), key=lambda i: -relevance[i])[:2]
+        for mode, kept in (("reranked", [documents[i] for i in best]), ("compressed", documents[:2])):
+            assert row[mode]["answer"] == model.generate([x["query"]], [kept])[0]
+        assert row["full"]["answer"] == model.generate([x["query"]], [documents[:2]], mode="full")[0]
+        assert row["references"] == x["answers"] and row["query"] == x["query"]
+        order = dict(given=[3, 2, 1], reranked=relevance, teacher=x["reranking_scores"])
+        for name, values in order.items():
+            runs[name][x["_id"]] = {d["_id"].split("#")[0]: float(s) for d, s in zip(documents, values)}
+    for name, ranked in runs.items():
+        found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(ranked)
+        assert len(found) == 5
+        assert scores["ndcg@10"][name] == pytest.approx(np.mean([x["ndcg_cut_10"] for x in found.values()]), abs=1e-4)
+    for mode in ("compressed", "reranked", "full", "none"):
+        f1 = [row[mode]["f1"] for row in said]
+        assert scores[mode]["f1"] == pytest.approx(np.mean(f1), abs=1e-4)
+        assert scores[mode]["f1_interval"] == pytest.approx(interval(f1), abs=1e-4)
+    assert read_qrels(f"{folder}/qrels.tsv") == qrels
+
+
+def test_memory_from_a_store(job, asked, tmp_path):
+    args, _, _ = job
+    folder, rows, _ = asked
+    run("train.py", *args, "--enable_reranking=False", "--query_dependent=False", "--max_iters=2", f"--out_dir={tmp_path}/out")
+    corpus = {document_text(d): d for x in rows for d in x["documents"]}
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in corpus.values()))
+    sample = ["sample.py", f"--out_dir={tmp_path}/out/last", f"--store={tmp_path}/store", *CPU]
+    make = [*sample, f"--compress={tmp_path}/corpus.jsonl", "--shard_size=4", "--batch_size=3"]
+    assert f"memory of {len(corpus)} documents" in run(*make)
+    model = ScaleDown.from_pretrained(f"{tmp_path}/out/last")
+    store = Store(f"{tmp_path}/store")
+    memory = store.memory([x["documents"] for x in rows])  # (B, k, l, d)
+    for x, m in zip(rows, memory):
+        for i, d in enumerate(x["documents"]):
+            torch.testing.assert_close(m[i], model.compress(["any"], [[document_text(d)]])[0][0, 0], atol=1e-5, rtol=1e-4)
+    # a shard that is there stays, one that is missing comes back
+    shards = sorted(os.listdir(tmp_path / "store"))
+    assert len(shards) == -(-len(corpus) // 4) > 1
+    os.remove(tmp_path / "store" / shards[1])
+    before = os.stat(tmp_path / "store" / shards[0]).st_mtime_ns
+    run(*make)
+    assert sorted(os.listdir(tmp_path / "store")) == shards
+    assert os.stat(tmp_path / "store" / shards[0]).st_mtime_ns == before
+    said = []
+    for extra in ([], [f"--store={tmp_path}/store"]):
+        run("sample.py", f"--out_dir={tmp_path}/out/last", *CPU, f"--data={folder}/asked.jsonl",
+            f"--answers={tmp_path}/answers.jsonl", *extra)
+        said.append(load(f"{tmp_path}/answers.jsonl"))
+    assert said[0] == said[1]
+    (tmp_path / "other.txt").write_text("Nobody has stored me.")
+    assert "has no memory of the document 'Nobody has stored me.'" in run(
+        *sample, "--query=who?", f"--docs={tmp_path}/other.txt", ok=False)
+    assert "was made of another corpus" in run(*make[:-3], f"--compress={tmp_path}/other.txt", ok=False)
+    run("train.py", *args, "--enable_reranking=False", "--query_dependent=False", "--max_iters=3", f"--out_dir={tmp_path}/out",
+        "--init_from=resume")
+    assert "was made of another compressor" in run(*sample, f"--data={folder}/asked.jsonl", ok=False)
+    assert "holds no store: sample.py --compress=CORPUS" in run(*sample, f"--store={tmp_path}/none", ok=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])  # ChatML, no system role, no template
+def test_the_judge_replies_with_a_letter(job, trained, asked, tiny, tmp_path, name):
+    _, out_dir, _ = job
+    folder, rows, _ = asked
+    out = run("sample.py", f"--out_dir={out_dir}/last", f"--data={folder}/asked.jsonl", f"--judge={tiny(name)}", *CPU,
+              f"--answers={tmp_path}/answers.jsonl", "--batch_size=4")
+    scores, said = json.loads(out.splitlines()[-1]), load(tmp_path / "answers.jsonl")
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny(name)), AutoModelForCausalLM.from_pretrained(tiny(name))
+    grades = []
+    for row in (row | dict(mode=mode) for row in said for mode in ("compressed", "full", "none")):
+        system = "You grade answers to questions."
+        user = (f"Question: {row['query']}\nReference answers: stone / the river\nAnswer to grade: "
+                f"{row[row['mode']]['answer']}\n\nDoes the answer to grade say what one of the reference answers says? "
+                "A: yes. B: in part. C: no. Reply with the letter alone.")
+        text = {"llama": f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
+                "mistral": f"<s>[INST] {system}\n\n{user} [/INST] ", "gpt2": f"<s>{system}\n\n{user}\n\nAnswer: "}[name]
+        whole = [tokenizer(text + letter, add_special_tokens=False).input_ids for letter in "ABC"]
+        assert whole[0][:-1] == whole[1][:-1] == whole[2][:-1]
+        with torch.no_grad():
+            logits = model(torch.tensor([whole[0][:-1]])).logits[0, -1]
+        grades.append([1.0, 0.5, 0.0][logits[[ids[-1] for ids in whole]].argmax()])
+        assert row[row["mode"]]["judge"] == grades[-1]
+    assert np.mean(grades) == pytest.approx(np.mean([scores[m]["judge"] for m in ("compressed", "full", "none")]), abs=1e-3)
+
+
+def test_the_exported_generator_answers_alone(job, trained, tmp_path, monkeypatch):
+    _, out_dir, _ = job
+    run("sample.py", f"--out_dir={out_dir}/last", f"--export={tmp_path}/generator", *CPU)
+    model = ScaleDown.from_pretrained(f"{out_dir}/last")
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "generator", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "generator")
+    for x in EXAMPLES:
+        embeds, mask = model.embed_prompts([x["query"]], [x["documents"]])
+        ids = plain.generate(inputs_embeds=embeds[:, mask[0]], max_new_tokens=8, do_sample=False, pad_token_id=0,
+                             eos_token_id=model.stop_ids)[0]
+        want = model.generate([x["query"]], [x["documents"]])[0]
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == want
+    assert "is there already" in run("sample.py", f"--out_dir={out_dir}/last", f"--export={tmp_path}/generator", ok=False)
+
+    # README's script, as it stands, with a stand-in for vLLM
+    class LLM:
+        def __init__(self, folder, enable_prompt_embeds):
+            self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+        def generate(self, prompts, sampling):
+            for prompt in prompts:
+                ids = self.model.generate(inputs_embeds=prompt["prompt_embeds"][None], max_new_tokens=sampling["max_tokens"],
+                                          do_sample=False, pad_token_id=0, eos_token_id=sampling["stop_token_ids"])[0]
+                yield SimpleNamespace(outputs=[SimpleNamespace(text=self.tokenizer.decode(ids, skip_special_tokens=True))])
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    with open(os.path.join(ROOT, "README.md")) as f:
+        script = next(part for part in f.read().split("```python\n") if part.startswith("from vllm")).split("```")[0]
+    script = script.replace('"out/smollm/best"', f'"{out_dir}/last"').replace('"generator"', f'"{tmp_path}/generator"')
+    exec(script, scope := {})
+    assert scope["answers"] == model.generate(scope["queries"], scope["documents"])
+
+
+def test_bad_evaluations(job, trained, asked, tmp_path):
+    _, out_dir, job_folder = job
+    folder, rows, _ = asked
+    args = ["sample.py", f"--out_dir={out_dir}/last", *CPU]
+    data = f"--data={folder}/asked.jsonl"
+    assert "belong to the answers of a file" in run(*args, "--judge=x", ok=False)
+    assert "goes into --store=FOLDER" in run(*args, "--compress=x", ok=False)
+    assert "there is nothing to store" in run(*args, data, f"--store={tmp_path}", ok=False)
+    assert "keep must be at least 0" in run(*args, data, "--keep=-1", ok=False)
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0 d0 1\n")
+    assert "qrels.tsv, line 2: not query-id" in run(*args, data, f"--qrels={tmp_path}/qrels.tsv", ok=False)
+    (tmp_path / "qrels.tsv").write_text("q99\td0\t1\n")
+    assert "judges none of the queries" in run(*args, data, f"--qrels={tmp_path}/qrels.tsv", ok=False)
+    (tmp_path / "text.jsonl").write_text(json.dumps({**EXAMPLES[0], "_id": "q99"}))
+    assert 'a document has no "_id"' in run(*args, f"--data={tmp_path}/text.jsonl", f"--qrels={tmp_path}/qrels.tsv", ok=False)
+    assert "--answers=FILE for another place" in run(*args, data, "--answers=/nowhere/answers.jsonl", ok=False)
+    assert "no/such/judge" in run(*args, data, "--judge=no/such/judge", ok=False)
