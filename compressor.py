@@ -288,14 +288,31 @@ class ModernBERTCompressor(Compressor):
     projection Linear, ReLU, Linear to the generator's hidden size (paper, section 3 and appendix J).
 
     compressor_model: any encoder (answerdotai/ModernBERT-base) or a small decoder (meta-llama/Llama-3.2-1B-Instruct,
-    the paper's OSCAR-llama), by name or folder."""
+    the paper's OSCAR-llama), by name or folder. generator_std: embedding_std() of the generator's embeddings.
+
+    The projection begins as an isometry, relu(x) - relu(-x) = x, where it is wide enough (projection_hidden twice the
+    backbone's hidden size, no larger than the generator's): what the backbone tells apart stays apart. Its output is
+    scaled to be as large as the generator's own embeddings, by a factor that is learned from there. (Our own; the paper
+    does not say how it begins.)"""
 
     def __init__(self, compressor_model, generator_hidden, projection_hidden=8096, num_memory_tokens=8,
-                 enable_reranking=False, query_dependent=True, query_tokens=64, doc_tokens=128):
+                 enable_reranking=False, query_dependent=True, query_tokens=64, doc_tokens=128, generator_std=1.0):
         backbone = AutoModel.from_pretrained(compressor_model, dtype=torch.float32)
         if hasattr(backbone, "pooler"):  # BERT's, for [CLS]: it would never get a gradient here
             backbone.pooler = None
         super().__init__(AutoTokenizer.from_pretrained(compressor_model), backbone, num_memory_tokens,
                          enable_reranking, query_dependent, query_tokens, doc_tokens)
-        self.projection = nn.Sequential(nn.Linear(backbone.config.hidden_size, projection_hidden), nn.ReLU(),
-                                        nn.Linear(projection_hidden, generator_hidden))
+        hidden = backbone.config.hidden_size
+        up, down = nn.Linear(hidden, projection_hidden), nn.Linear(projection_hidden, generator_hidden)
+        self.projection, self.generator_std = nn.Sequential(up, nn.ReLU(), down), generator_std
+        self.scale = nn.Parameter(torch.ones(1))
+        half = projection_hidden // 2
+        basis = nn.init.orthogonal_(torch.empty(half, hidden))
+        back = basis @ torch.eye(hidden, generator_hidden)  # (half, d)
+        with torch.no_grad():
+            up.weight[:2 * half], down.weight[:, :2 * half] = torch.cat([basis, -basis]), torch.cat([back, -back]).T
+            up.bias.zero_(), down.bias.zero_()
+
+    def forward(self, **batch):
+        memory, scores = super().forward(**batch)
+        return self.generator_std * self.scale * memory, scores

@@ -200,12 +200,12 @@ class Chunks(Documents):
 class Store:
     """Memory of documents, made once for all queries (query_dependent=False): shards of safetensors, memory-mapped,
     each with "keys" (n,), the first eight bytes of the sha256 of every document's text, and "memory" (n, l, d). What it
-    was made of, a compressor and a corpus, stands in their metadata.
+    was made of stands in their metadata.
 
     Raises FileNotFoundError for no store, ValueError for a damaged one or one of another compressor or corpus."""
 
     def __init__(self, folder, **made_of):
-        """made_of: compressor, and corpus where it matters: file_sha256() of each."""
+        """made_of: {what: str}, what the metadata of every shard is to say."""
         self.folder = folder
         self.paths = sorted(Path(folder).glob("*.safetensors"))
         if not self.paths:
@@ -241,15 +241,19 @@ class Store:
         save_file(dict(keys=keys, memory=memory.cpu().contiguous()), f"{path}.tmp", metadata=made_of)
         os.replace(f"{path}.tmp", path)
 
+    def find(self, documents):
+        """[(shard, row)] of each. Raises ValueError for a document that is not in the store."""
+        keys = np.array([self.key(d) for d in documents])
+        at = self.keys.searchsorted(keys).clip(max=len(self.keys) - 1)
+        for i in np.flatnonzero(self.keys[at] != keys):
+            raise ValueError(f"{self.folder} has no memory of the document '{document_text(documents[i])[:60]}'")
+        return self.where[at].tolist()
+
     def memory(self, documents):
         """B lists of documents -> memory (B, k, l, d), k the longest list's length; 0 for a document that is missing.
         Raises ValueError for one that is not in the store."""
-        flat = [d for docs in documents for d in docs]
-        keys = np.array([self.key(d) for d in flat])
-        at = self.keys.searchsorted(keys).clip(max=len(self.keys) - 1)
-        for i in np.flatnonzero(self.keys[at] != keys):
-            raise ValueError(f"{self.folder} has no memory of the document '{document_text(flat[i])[:60]}'")
-        rows = iter([self.shards[i].get_slice("memory")[row:row + 1] for i, row in self.where[at].tolist()])
+        found = self.find([d for docs in documents for d in docs])
+        rows = iter([self.shards[i].get_slice("memory")[row:row + 1] for i, row in found])
         k, nothing = max(map(len, documents)), torch.zeros_like(self.shards[0].get_slice("memory")[:1])
         return torch.stack([torch.cat([next(rows) if i < len(docs) else nothing for i in range(k)])
                             for docs in documents])
@@ -298,7 +302,7 @@ def interval(values, resamples=1000):
 def read_qrels(path):
     """{query id: {document id: relevance}} of BEIR's tab-separated qrels, with a header. Raises OSError, ValueError."""
     qrels = {}
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
         for number, line in enumerate(f, 1):
             row = line.rstrip("\n").split("\t")
             if number == 1 and row == ["query-id", "corpus-id", "score"] or not line.strip():

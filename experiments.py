@@ -20,7 +20,7 @@ from data import Examples, document_text
 # -----------------------------------------------------------------------------
 table = "compressors"  # or rate, length, documents, query, training, reranking
 steps = 600  # of 32 examples, of each run
-pretrain_steps = 500  # of 64 chunks
+pretrain_steps = 300  # of 64 chunks
 max_samples = 0  # of the 500 test questions; 0 = all
 rows = 0  # only the first so many of a table; 0 = all
 out_dir = "out/experiments"
@@ -57,18 +57,16 @@ def exact_match(scores, mode="compressed"):
     return f"{scores[mode]['em']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def rewritten(name, rewrite):
-    """data/toy's three files, each list of documents rewritten: rewrite(number, example) -> documents."""
-    for split in ("train", "val", "test"):
+def rewritten(name, rewrite, splits=("train", "val", "test")):
+    """data/toy's files, each list of documents rewritten: rewrite(number, example, all examples) -> documents."""
+    for split in splits:
         path = f"{out_dir}/{name}.{split}.jsonl"
-        if not os.path.exists(path):
-            with open(f"{path}.tmp", "w") as f:
-                for n, x in enumerate(examples := Examples(f"data/toy/{split}.jsonl")):
-                    x["documents"] = rewrite(n, x, examples)
-                    x.pop("reranking_scores")
-                    f.write(json.dumps(x) + "\n")
-            os.replace(f"{path}.tmp", path)
-    return {split: f"{out_dir}/{name}.{split}.jsonl" for split in ("train", "val", "test")}
+        with open(path, "w") as f:
+            for n, x in enumerate(examples := Examples(f"data/toy/{split}.jsonl")):
+                x["documents"] = rewrite(n, x, examples)
+                x.pop("reranking_scores")
+                f.write(json.dumps(x) + "\n")
+    return {split: f"{out_dir}/{name}.{split}.jsonl" for split in splits}
 
 
 def joined(m):
@@ -85,11 +83,12 @@ def compressors():
     yield "first 2 of the LLM's 4 layers", "no", exact_match(ask(train("n_layers")))
     for name, label in (("encoder", "encoder (ModernBERT), 2 layers"), ("decoder", "decoder (Llama), 2 layers")):
         model = f"--compressor_model=data/toy/{name}"
-        plain = train(name, model, config="config/toy_modernbert.py")
-        yield label, "no", exact_match(ask(plain))
+        checkpoint = train(name, model, config="config/toy_modernbert.py")
+        yield label, "no", exact_match(ask(checkpoint))
         begin = train(f"pretrain_{name}", model, config="config/pretrain_toy_modernbert.py", steps=pretrain_steps)
-        pretrained = train(f"{name}_pretrained", model, f"--init_from={begin}", config="config/toy_modernbert.py")
-        yield label, "yes", exact_match(ask(pretrained))
+        checkpoint = train(f"{name}_pretrained{pretrain_steps}", model, f"--init_from={begin}",
+                           config="config/toy_modernbert.py")
+        yield label, "yes", exact_match(ask(checkpoint))
 
 
 def rate():
@@ -155,7 +154,7 @@ def documents():
     yield "documents", "compressed", "full text"
     checkpoint = train("n_layers")
     for k in (1, 2, 5, 10, 20, 50):
-        scores = ask(checkpoint, data=rewritten(f"documents{k}", several(k))["test"])
+        scores = ask(checkpoint, data=rewritten(f"documents{k}", several(k), ["test"])["test"])
         yield k, exact_match(scores), exact_match(scores, "full")
 
 
@@ -171,8 +170,8 @@ def query():
 def training():
     """One learning rate or two; the whole compressor or LoRA on it."""
     yield "compressor", "its learning rate", "the generator's LoRA's", "exact match"
-    for lr, lora_lr, r in ((1e-3, 2e-3, 0), (1e-3, 1e-3, 0), (2e-3, 2e-3, 0), (2e-4, 2e-4, 0), (1e-3, 2e-3, 16),
-                           (2e-3, 2e-3, 16)):
+    for lr, lora_lr, r in ((1e-3, 2e-3, 0), (1e-3, 2e-3, 16), (2e-3, 2e-3, 16), (2e-3, 2e-3, 0), (1e-3, 1e-3, 0),
+                           (2e-4, 2e-4, 0)):
         name = "n_layers" if (lr, lora_lr, r) == (1e-3, 2e-3, 0) else f"training-{lr}-{lora_lr}-{r}"
         checkpoint = train(name, f"--compressor_lr={lr}", f"--generator_lr={lora_lr}", f"--compressor_lora_r={r}")
         yield f"LoRA, r = {r}" if r else "all of it", f"{lr:g}", f"{lora_lr:g}", exact_match(ask(checkpoint))
@@ -198,7 +197,7 @@ if __name__ == "__main__":
     if table not in TABLES:
         fail(f"table is one of {', '.join(TABLES)}, not '{table}'")
     os.makedirs(out_dir, exist_ok=True)
-    if not os.path.exists("data/toy/train.jsonl"):
+    if not all(map(os.path.exists, ("data/toy/train.jsonl", "data/toy/qrels.test.tsv", "data/toy/decoder"))):
         run("prepare.py", "--dataset=toy")
     print(TABLES[table].__doc__, end="\n\n")
     for number, row in enumerate(islice(TABLES[table](), rows + 1 if rows else None)):  # the first row is the head

@@ -188,7 +188,8 @@ class ScaleDown(nn.Module):
         if c.compressor_type == "n_layers":
             self.compressor = NLayersCompressor(c.generator, c.num_layers, **sizes)
         elif c.compressor_type == "modernbert":
-            self.compressor = ModernBERTCompressor(c.compressor_model, hidden, c.projection_hidden, **sizes)
+            self.compressor = ModernBERTCompressor(c.compressor_model, hidden, c.projection_hidden,
+                                                   generator_std=embedding_std(embed), **sizes)
         else:
             raise ValueError(f"compressor_type is n_layers or modernbert, not '{c.compressor_type}'")
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, hidden))  # stands between two documents
@@ -323,9 +324,10 @@ class ScaleDown(nn.Module):
     def compress(self, queries, documents):
         """B queries, B lists of documents -> memory (B, k, l, d), scores (B, k) or None. k: the longest list's length;
         what stands for a missing document means nothing."""
-        batch = self.to_device(self.collate([dict(query=q, documents=d) for q, d in zip(queries, documents)]))
+        texts = [[document_text(d) for d in docs] for docs in documents]
+        batch = self.compressor.tokenize([q.strip() for q in queries], texts, max(map(len, texts)))
         with self.evaluating():
-            return self.compressor(**batch["compressor"])
+            return self.compressor(**self.to_device(batch))
 
     def full_prompts(self, queries, documents, mode="full"):
         """The prompts as text: for mode full the documents' own text, each cut to doc_tokens of the generator's
@@ -475,7 +477,7 @@ class ScaleDown(nn.Module):
         """Answer tokens, all tokens and FLOPs of a training step on a batch from collate(), padding left out. A token
         costs 6 FLOPs for each trained weight of a matrix product that it meets and 4 for each frozen one, which needs
         no gradient of its own (PaLM, arXiv 2204.02311, appendix B, counts 6 for all); attention's own products and
-        what gradient checkpointing computes again are left out."""
+        what gradient checkpointing computes again are left out, as is the compressor's own LoRA."""
         each = 4 if self.config.compressor_lora_r else 6
         answer, documents = (batch["labels"] != -100).sum().item(), batch["present"].sum().item()
         l, B = self.config.num_memory_tokens, len(batch["labels"])

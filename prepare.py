@@ -63,7 +63,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.auto import modeling_auto
 
-from compressor import left_pad
+from compressor import layer_list, left_pad
 from configurator import at_least, configure, fail, torch_device
 from data import document_text, file_sha256, mean_scores
 from model import Prompt, chat_messages
@@ -103,7 +103,8 @@ seed = 1337
 train_examples = 36000
 val_examples = 500
 test_examples = 500
-llm_steps = 300  # to train the toy's language model
+llm_steps = 300  # to train the toy's language model ..
+encoder_steps = 250  # .. and its encoders
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":
     settings = configure(globals())
@@ -1229,16 +1230,9 @@ def train_llm(tokenizer, rng):
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))
     with torch.no_grad():
         model.model.embed_tokens.weight *= 2  # or the first MLP drowns what word it is
-    # Muon learns to look answers up in a third of AdamW's steps; it is for matrices, not for the table of embeddings
-    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() == 1] + [model.model.embed_tokens.weight]
-    optimizers = [torch.optim.Muon(matrices, lr=0.03, weight_decay=0.0),
-                  torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)]
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 20) * (1 - s / llm_steps))
-                  for o in optimizers]
     prompt = Prompt(tokenizer)
-    bar = tqdm(range(llm_steps), desc="training data/toy/llm", mininterval=5)
-    for step in bar:
+
+    def loss(step):
         most = min(5, 1 + int(16 * max(0.0, step / llm_steps - 0.4)))
         rows = []
         for _ in range(32):
@@ -1249,8 +1243,24 @@ def train_llm(tokenizer, rng):
         ids, is_answer = rows[:, :, 0], rows[:, 1:, 1].bool()
         # the first two layers learn to answer on their own too: in a deep LLM the early layers do such local reading
         h = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
-        loss = sum(torch.nn.functional.cross_entropy(model.lm_head(x[:, :-1][is_answer]), ids[:, 1:][is_answer])
+        return sum(torch.nn.functional.cross_entropy(model.lm_head(x[:, :-1][is_answer]), ids[:, 1:][is_answer])
                    for x in (model.model.norm(h[2]), h[4]))
+
+    return fit(model, llm_steps, loss, "training data/toy/llm")
+
+
+def fit(model, steps, loss_of, desc):
+    """Trains a model on the loss of every step, loss_of(step)."""
+    # Muon learns to look answers up in a third of AdamW's steps; it is for matrices, not for the table of embeddings
+    matrices = [p for p in layer_list(model).parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() == 1] + [model.get_input_embeddings().weight]
+    optimizers = [torch.optim.Muon(matrices, lr=0.03, weight_decay=0.0),
+                  torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 20) * (1 - s / steps))
+                  for o in optimizers]
+    bar = tqdm(range(steps), desc=desc, mininterval=5)
+    for step in bar:
+        loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o, scheduler in zip(optimizers, schedulers):
@@ -1261,17 +1271,34 @@ def train_llm(tokenizer, rng):
     return model.eval()
 
 
-def make_encoder(folder, tokenizer, llm, model, config, **tokens):
-    """A small model for config/toy_modernbert.py that knows the same words, whose embeddings are the LLM's, and
-    nothing else: all other weights are random."""
+def train_encoder(folder, tokenizer, model, config, **tokens):
+    """A model of two layers for config/toy_modernbert.py, with the LLM's words and embeddings of its own: it has
+    learned to fill in a masked word, the answer behind a question and a passage, as encoders know such things from
+    their own pretraining. What it has never seen is the LLM."""
     torch.manual_seed(seed)
-    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+    rng = random.Random(seed)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokens)
+    special = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     encoder = model(config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                           num_attention_heads=4, initializer_range=0.08, **ids))
-    with torch.no_grad():
-        encoder.get_input_embeddings().weight.copy_(llm.get_input_embeddings().weight)
-    encoder.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokens).save_pretrained(folder)
+                           num_attention_heads=4, initializer_range=0.08,
+                           **{"bos_token_id": None, "eos_token_id": None, **special}))
+    embeddings = encoder.get_input_embeddings().weight
+    begin, between, end = tokens.get("cls_token", tokens.get("bos_token")), *[tokens.get("sep_token", "\n")] * 2
+
+    def loss(step):
+        answers, rows = [], []
+        for _ in range(64):
+            passages, questions = draw_world(rng, 1)
+            query, answer = rng.choice(questions)
+            rows.append(f"{begin}{query}{between}{passages[0]}{end}{tokens['mask_token']}")
+            answers.append(f" {answer}")
+        ids, mask = left_pad(tokenizer(rows, add_special_tokens=False).input_ids)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        h = encoder(ids, attention_mask=mask.long(), position_ids=positions).last_hidden_state[:, -1]  # (64, 128)
+        return torch.nn.functional.cross_entropy(h @ embeddings.T, torch.tensor(tokenizer(answers).input_ids)[:, 0])
+
+    fit(encoder, encoder_steps, loss, f"training {folder}").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def make_toy():
@@ -1279,11 +1306,12 @@ def make_toy():
     Path("data/toy/train.jsonl").unlink(missing_ok=True)
     rng = random.Random(seed)
     tokenizer = make_tokenizer("data/toy/llm", rng)
+    train_encoder("data/toy/encoder", tokenizer, ModernBertModel, ModernBertConfig, cls_token="<|cls|>",
+                  sep_token="<|sep|>", pad_token="<|end|>", mask_token="<|assistant|>")
+    train_encoder("data/toy/decoder", tokenizer, LlamaModel, LlamaConfig, bos_token="<|cls|>", pad_token="<|end|>",
+                  mask_token="<|assistant|>")
     llm = train_llm(tokenizer, rng)
     llm.save_pretrained("data/toy/llm")
-    make_encoder("data/toy/encoder", tokenizer, llm, ModernBertModel, ModernBertConfig, cls_token="<|cls|>",
-                 sep_token="<|sep|>", pad_token="<|end|>")
-    make_encoder("data/toy/decoder", tokenizer, llm, LlamaModel, LlamaConfig, bos_token="<|cls|>", pad_token="<|end|>")
     prompt = Prompt(tokenizer)
     for split, n in (("test", test_examples), ("val", val_examples), ("train", train_examples)):
         examples = [draw_example(rng) for _ in range(n)]
@@ -1311,7 +1339,7 @@ if __name__ == "__main__":
     if dataset == "toy":
         if corpus or queries or run:
             fail("dataset 'toy' takes no corpus, queries or run: --dataset=NAME names what is made of yours")
-        at_least(globals(), seed=0, llm_steps=1, train_examples=1, val_examples=1, test_examples=1)
+        at_least(globals(), seed=0, llm_steps=1, encoder_steps=1, train_examples=1, val_examples=1, test_examples=1)
         make_toy()
     else:
         logging.set_verbosity_error()

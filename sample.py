@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +44,7 @@ val_data = "data/toy/val.jsonl"  # without query and data: one question from her
 candidates = 0  # the first so many documents of a question; 0 = all
 keep = 0  # .. and of them, for the answer, the best so many by relevance, and the first so many; 0 = all
 qrels = ""  # BEIR's, for nDCG@10 of data: queries and documents there have an "_id"
-answers = ""  # data's answers beside the references, as JSON Lines; default: in out_dir
+answers = ""  # data's answers beside the references, as JSON Lines; default: beside out_dir
 judge = ""  # an LLM that grades data's answers, by name or folder
 compress = ""  # a corpus: makes its memory ..
 store = ""  # .. in this folder, and answers from it
@@ -76,8 +77,12 @@ if (qrels or judge or answers) and not data:
     fail("--qrels, --judge and --answers belong to the answers of a file: --data=FILE")
 if compress and not store:
     fail("--compress=CORPUS goes into --store=FOLDER")
-if export and os.path.exists(export) and os.listdir(export):
+if (compress or export) and (query or data):
+    fail("--compress and --export answer nothing: leave out --query and --data")
+if export and os.path.exists(export):
     fail(f"{export} is there already: choose another folder, or delete it")
+if answers and answers in (data, qrels):
+    fail(f"--answers={answers} would overwrite what it is to be compared with")
 torch.manual_seed(seed)
 
 try:
@@ -100,7 +105,9 @@ try:
     if store and model.config.query_dependent:
         fail(f"{out_dir} was trained with query_dependent=True: it reads documents together with the query, so that "
              "there is nothing to store")
-    made_of = dict(compressor=file_sha256(f"{out_dir}/compressor.safetensors"))
+    if store:
+        made_of = dict(compressor=file_sha256(f"{out_dir}/compressor.safetensors"),
+                       config=file_sha256(f"{out_dir}/config.json"))
     memory_store = Store(store, **made_of) if store and not compress else None
 except (ValueError, OSError) as e:
     missing_toy = isinstance(e, FileNotFoundError) and str(e).startswith(("out/toy/", "data/toy/"))
@@ -118,7 +125,7 @@ for x in examples:
 def fill_store():
     """The memory of a corpus, shard by shard; shards that are there already stay as they are."""
     corpus = Documents(compress)
-    made_of["corpus"] = file_sha256(compress)
+    made_of.update(corpus=file_sha256(compress), shard_size=str(shard_size))
     if any(Path(store).glob("*.safetensors")):
         Store(store, **made_of)
     for number, first in enumerate(tqdm(range(0, len(corpus), shard_size), desc="shards")):
@@ -130,7 +137,7 @@ def fill_store():
         for i in range(0, len(part), batch_size):
             texts = [document_text(d) for d in part[i:i + batch_size]]
             batch = model.compressor.tokenize([""], [texts], len(texts))
-            memory.append(model.compressor(**model.to_device(batch))[0][0])  # (n, l, d)
+            memory.append(model.compressor(**model.to_device(batch))[0][0].cpu())  # (n, l, d)
         Store.write(store, number, part, torch.cat(memory), **made_of)
     print(f"{store}: memory of {len(corpus):,} documents")
 
@@ -194,7 +201,7 @@ def ranking_scores(examples):
     {} without qrels, and queries that they do not judge are left out."""
     rows, known = {}, {id for row in relevance.values() for id in row}
     for x in examples:
-        if x.get("_id") not in relevance:
+        if not isinstance(x.get("_id"), str) or x["_id"] not in relevance:
             continue
         # prepare.py calls the chunks of a document ID#0, ID#1, ..: where the qrels know ID alone, its best chunk counts
         ids = [id if id in known else id.rpartition("#")[0] or id for id in (d["_id"] for d in x["documents"])]
@@ -209,7 +216,7 @@ def ranking_scores(examples):
 
 
 def write_answers(rows):
-    """Whole or not at all, after every mode: what is answered stays, whatever comes."""
+    """Whole or not at all, after every mode."""
     with open(f"{answers}.tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(f"{answers}.tmp", answers)
@@ -219,7 +226,7 @@ modes = ["compressed"] + ["reranked"] * bool(keep) + ["full", "none"]
 if compress:
     try:
         fill_store()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, SafetensorError) as e:  # the last of a full disk
         fail(e)
 elif export:
     merge_and_unload(model.generator)
@@ -229,16 +236,22 @@ elif export:
 elif data:
     if not all("answer" in x or x.get("answers") for x in examples):
         fail(f"{data}: an example has neither 'answer' nor 'answers' to score against")
-    if qrels and not any(x.get("_id") in relevance for x in examples):
+    if qrels and not any(isinstance(x.get("_id"), str) and x["_id"] in relevance for x in examples):
         fail(f"{qrels} judges none of the queries of {data}: their \"_id\"s are to be those of its first column")
-    if qrels and not all(isinstance(d, dict) and "_id" in d for x in examples for d in x["documents"]):
-        fail(f"{data}: a document has no \"_id\" to find in {qrels}")
-    answers = answers or f"{out_dir}/answers.{Path(data).stem}.jsonl"
+    if qrels and not all(isinstance(d, dict) and isinstance(d.get("_id"), str)
+                         for x in examples for d in x["documents"]):
+        fail(f"{data}: a document has no \"_id\", a string, to find in {qrels}")
+    answers = answers or f"{os.path.normpath(out_dir)}.{Path(data).stem}.jsonl"  # training replaces the folder itself
+    if not os.access(os.path.dirname(answers) or ".", os.W_OK):
+        fail(f"{answers} cannot be written: --answers=FILE for another place")
     rows = [dict(query=x["query"], references=references(x)) for x in examples]
-    try:
-        write_answers(rows)
-    except OSError as e:
-        fail(f"{e}: --answers=FILE for another place")
+    try:  # what would fail only when all is generated
+        if judge:
+            grades(examples[:1], ["x"])
+        for x in examples if memory_store else []:
+            memory_store.find(x["documents"])
+    except Exception as e:  # a template refuses in its own way
+        fail(e if memory_store else f"{judge} cannot judge: {e}")
     # alike beside alike: less padding
     length = lambda x: len(x["query"]) + sum(len(document_text(d)) for d in x["documents"])
     order = sorted(range(len(examples)), key=lambda i: length(examples[i]))

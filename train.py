@@ -113,7 +113,7 @@ if os.path.exists(out_dir) and not os.path.isdir(out_dir):
     fail(f"out_dir={out_dir} is not a folder")
 at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,
          log_interval=1, eval_samples=0, max_iters=0, epochs=0, seed=0, generator_lr=0, compressor_lr=0, warmup_ratio=0,
-         weight_decay=0, beta1=0, beta2=0, grad_clip=0, rerank_lambda=0, peak_tflops=0)
+         weight_decay=0, compressor_lora_r=0, beta1=0, beta2=0, grad_clip=0, rerank_lambda=0, peak_tflops=0)
 if max(beta1, beta2) >= 1 or epochs == 0:
     fail("beta1 and beta2 must be less than 1, epochs more than 0")
 if wandb_log:
@@ -301,6 +301,7 @@ run = {**config, "batch_size * gradient_accumulation_steps": examples_per_step,
 
 def compare_settings(saved):
     """Says which settings are not those of the checkpoint, and fails for those that decide what is trained."""
+    saved = dict(task="answer", query_dependent=True, compressor_lora_r=0) | saved  # there has not always been a choice
     differs = {name: f"{name}={saved.get(name)} (now {value})" for name, value in run.items()
                if value != saved.get(name)}
     wrong = [text for name, text in differs.items() if name not in may_differ]

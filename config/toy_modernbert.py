@@ -1,4 +1,5 @@
-# The toy world with a small ModernBERT of random weights as compressor: what it learns without pretraining.
+# The toy world with a small ModernBERT as compressor, which knows its words but has never seen the LLM.
+# With pretraining: --init_from=out/pretrain_toy_modernbert/best
 out_dir = "out/toy_modernbert"
 train_data = "data/toy/train.jsonl"
 val_data = "data/toy/val.jsonl"
@@ -16,7 +17,7 @@ gradient_accumulation_steps = 1
 compressor_lr = 1e-3
 generator_lr = 2e-3
 weight_decay = 0.0
-epochs = 1.0
+epochs = 1.5
 eval_interval = 250
 eval_examples = 500
 eval_samples = 200

@@ -207,3 +207,16 @@ def test_left_pad():
     ids, mask = left_pad([[5], [6, 7, 8], []])
     assert ids.tolist() == [[0, 0, 5], [6, 7, 8], [0, 0, 0]]
     assert mask.tolist() == [[False, False, True], [True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("d", [24, 40])
+def test_the_projection_begins_as_an_isometry(tiny, d):
+    c = ModernBERTCompressor(tiny("bert"), d, projection_hidden=70, num_memory_tokens=3, generator_std=0.25)
+    h = c.backbone(inputs_embeds=c.memory_tokens[None]).last_hidden_state  # (1, 3, 32)
+    torch.testing.assert_close(c.projection(h), torch.nn.functional.pad(h, (0, d - 32)), atol=1e-5, rtol=1e-4)
+    memory, _ = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))
+    c.scale.data *= 2
+    torch.testing.assert_close(c(**c.tokenize(QUERIES, DOCUMENTS, k=4))[0], 2 * memory)
+    ids = c.tokenize(QUERIES, DOCUMENTS, k=4)
+    h = c.read_rows(c.learned_tokens(), **ids)  # (2, 4, 3, 32)
+    torch.testing.assert_close(memory, 0.25 * c.projection(h))

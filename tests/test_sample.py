@@ -65,7 +65,7 @@ def test_the_best_candidates_by_relevance(job, trained, asked):
     folder, rows, qrels = asked
     out = run("sample.py", f"--out_dir={out_dir}/last", f"--data={folder}/asked.jsonl", "--candidates=3", "--keep=2",
               f"--qrels={folder}/qrels.tsv", "--batch_size=4", *CPU)
-    scores, said = json.loads(out.splitlines()[-1]), load(f"{out_dir}/last/answers.asked.jsonl")
+    scores, said = json.loads(out.splitlines()[-1]), load(f"{out_dir}/last.asked.jsonl")
     model = ScaleDown.from_pretrained(f"{out_dir}/last")
     runs = dict(given={}, reranked={}, teacher={})
     for x, row in zip(rows, said):
@@ -88,6 +88,10 @@ def test_the_best_candidates_by_relevance(job, trained, asked):
         assert scores[mode]["f1"] == pytest.approx(np.mean(f1), abs=1e-4)
         assert scores[mode]["f1_interval"] == pytest.approx(interval(f1), abs=1e-4)
     assert read_qrels(f"{folder}/qrels.tsv") == qrels
+    # more candidates than the generator has positions for, of which it reads few
+    (folder / "many.jsonl").write_text(json.dumps(rows[0] | dict(documents=rows[0]["documents"] * 60)))
+    out = run("sample.py", f"--out_dir={out_dir}/last", f"--data={folder}/many.jsonl", "--keep=2", *CPU)
+    assert json.loads(out.splitlines()[-1]).keys() == {"compressed", "reranked", "full", "none"}
 
 
 def test_memory_from_a_store(job, asked, tmp_path):
@@ -122,6 +126,7 @@ def test_memory_from_a_store(job, asked, tmp_path):
     (tmp_path / "other.txt").write_text("Nobody has stored me.")
     assert "has no memory of the document 'Nobody has stored me.'" in run(
         *sample, "--query=who?", f"--docs={tmp_path}/other.txt", ok=False)
+    assert "was made of another shard_size" in run(*make, "--shard_size=5", ok=False)
     assert "was made of another corpus" in run(*make[:-3], f"--compress={tmp_path}/other.txt", ok=False)
     run("train.py", *args, "--enable_reranking=False", "--query_dependent=False", "--max_iters=3", f"--out_dir={tmp_path}/out",
         "--init_from=resume")
@@ -202,6 +207,8 @@ def test_bad_evaluations(job, trained, asked, tmp_path):
     (tmp_path / "qrels.tsv").write_text("q99\td0\t1\n")
     assert "judges none of the queries" in run(*args, data, f"--qrels={tmp_path}/qrels.tsv", ok=False)
     (tmp_path / "text.jsonl").write_text(json.dumps({**EXAMPLES[0], "_id": "q99"}))
+    assert "answer nothing" in run(*args, data, f"--export={tmp_path}/x", ok=False)
+    assert "would overwrite" in run(*args, data, f"--answers={folder}/asked.jsonl", ok=False)
     assert 'a document has no "_id"' in run(*args, f"--data={tmp_path}/text.jsonl", f"--qrels={tmp_path}/qrels.tsv", ok=False)
     assert "--answers=FILE for another place" in run(*args, data, "--answers=/nowhere/answers.jsonl", ok=False)
     assert "no/such/judge" in run(*args, data, "--judge=no/such/judge", ok=False)
