@@ -89,7 +89,8 @@ def test_the_best_candidates_by_relevance(job, trained, asked):
         assert scores[mode]["f1_interval"] == pytest.approx(interval(f1), abs=1e-4)
     assert read_qrels(f"{folder}/qrels.tsv") == qrels
     # more candidates than the generator has positions for, of which it reads few
-    (folder / "many.jsonl").write_text(json.dumps(rows[0] | dict(documents=rows[0]["documents"] * 60)))
+    many = dict(query="who is it?", answers=["stone"], documents=rows[0]["documents"] * 60)
+    (folder / "many.jsonl").write_text(json.dumps(many))
     out = run("sample.py", f"--out_dir={out_dir}/last", f"--data={folder}/many.jsonl", "--keep=2", *CPU)
     assert json.loads(out.splitlines()[-1]).keys() == {"compressed", "reranked", "full", "none"}
 
@@ -131,7 +132,8 @@ def test_memory_from_a_store(job, asked, tmp_path):
     run("train.py", *args, "--enable_reranking=False", "--query_dependent=False", "--max_iters=3", f"--out_dir={tmp_path}/out",
         "--init_from=resume")
     assert "was made of another compressor" in run(*sample, f"--data={folder}/asked.jsonl", ok=False)
-    assert "holds no store: sample.py --compress=CORPUS" in run(*sample, f"--store={tmp_path}/none", ok=False)
+    assert "holds no store: sample.py --compress=CORPUS" in run(
+        *sample, f"--store={tmp_path}/none", f"--data={folder}/asked.jsonl", ok=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])  # ChatML, no system role, no template
