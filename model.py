@@ -116,6 +116,14 @@ class Prompt:
         return [(row + [self.end_id])[:max_tokens] for row in rows]
 
 
+def identity(model):
+    """What tells a frozen model from another one, wherever its folder lies and whatever its dtype."""
+    shape, embed = model.config, model.get_input_embeddings().weight
+    rows = embed[:64].detach().cpu().bfloat16().view(torch.int16).numpy()
+    return dict(model_type=shape.model_type, hidden_size=embed.shape[1], num_hidden_layers=shape.num_hidden_layers,
+                vocab_size=shape.vocab_size, embeddings_sha256=sha256(rows.tobytes()).hexdigest()[:16])
+
+
 @dataclass
 class ScaleDownConfig:
     generator: str = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -175,11 +183,7 @@ class ScaleDown(nn.Module):
             raise ValueError(f"{c.generator} has layers of type {other.pop()}: all must be of plain attention")
         embed = self.generator.get_input_embeddings()
         hidden = embed.embedding_dim
-        # what tells the generator of a checkpoint from another one, wherever its folder lies and whatever its dtype
-        rows = embed.weight[:64].detach().cpu().bfloat16().view(torch.int16).numpy()
-        self.generator_identity = dict(model_type=shape.model_type, hidden_size=hidden,
-                                       num_hidden_layers=shape.num_hidden_layers, vocab_size=shape.vocab_size,
-                                       embeddings_sha256=sha256(rows.tobytes()).hexdigest()[:16])
+        self.generator_identity, self.compressor_identity = identity(self.generator), None
         apply_lora(self.generator, c.lora_r, c.lora_alpha, c.lora_dropout)
         self.tokenizer = AutoTokenizer.from_pretrained(c.generator)
         self.prompt, self.prompt_no_documents = Prompt(self.tokenizer), Prompt(self.tokenizer, with_documents=False)
@@ -214,7 +218,8 @@ class ScaleDown(nn.Module):
                      and name not in ("o_proj", "out_proj", "c_proj", "dense", "resid_proj")]
             self.last_weights = count(layer) - sum(m.weight.numel() for m in first)
             self.compressor_weights -= self.last_weights
-        if c.compressor_lora_r:
+        if c.compressor_lora_r:  # frozen, too, and so not in a checkpoint
+            self.compressor_identity = identity(self.compressor.backbone)
             apply_lora(self.compressor.backbone, c.compressor_lora_r, c.lora_alpha, c.lora_dropout)
 
     @property
@@ -529,15 +534,18 @@ class ScaleDown(nn.Module):
         tensors = {name: t.detach().cpu() for name, t in tensors.items() if not name.startswith("generator.")}
         save_file(tensors, os.path.join(out_dir, "compressor.safetensors"))
         with open(os.path.join(out_dir, "config.json"), "w") as f:
-            json.dump({**asdict(self.config), "generator_identity": self.generator_identity}, f, indent=2)
+            json.dump({**asdict(self.config), "generator_identity": self.generator_identity,
+                       "compressor_identity": self.compressor_identity}, f, indent=2)
 
     def load(self, out_dir):
         """Loads the weights of a checkpoint into this model; RR stays as it is where the checkpoint has none. Raises
         ValueError when they are of another backbone or of other sizes, OSError when there is no checkpoint."""
         saved, _ = read_config(out_dir)
-        if saved["generator_identity"] != self.generator_identity:
-            raise ValueError(f"the checkpoint {out_dir} was trained with another generator: its is "
-                             f"{saved['generator_identity']}, {self.config.generator} is {self.generator_identity}")
+        for part in ("generator", "compressor"):
+            then, now = saved[f"{part}_identity"], getattr(self, f"{part}_identity")
+            if then != now:
+                raise ValueError(f"the checkpoint {out_dir} was trained with another {part}: its is {then}, "
+                                 f"this is {now}")
         own = {name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("generator.")}
         if not saved["enable_reranking"]:
             own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
@@ -572,7 +580,8 @@ def read_config(out_dir, **overrides):
             raise ValueError(f"{path} is damaged: {e}") from e
     settings = ScaleDownConfig.__dataclass_fields__.keys()
     if isinstance(saved, dict):
-        saved = {"query_dependent": True, "compressor_lora_r": 0} | saved  # there has not always been another way
-    if not isinstance(saved, dict) or saved.keys() != settings | {"generator_identity"}:
+        # there has not always been another way
+        saved = {"query_dependent": True, "compressor_lora_r": 0, "compressor_identity": None} | saved
+    if not isinstance(saved, dict) or saved.keys() != settings | {"generator_identity", "compressor_identity"}:
         raise ValueError(f"{path} is not the config.json of a ScaleDown checkpoint")
     return saved, ScaleDownConfig(**{**{name: saved[name] for name in settings}, **overrides})

@@ -329,8 +329,8 @@ try:
     model = ScaleDown(ScaleDownConfig(**{name: config[name] for name in ScaleDownConfig.__dataclass_fields__}),
                       dtype=getattr(torch, dtype))
     if eval_only:
-        for name, value in read_config(out_dir)[0].items():
-            if name not in ("generator", "compressor_model", "generator_identity") and value != config[name]:
+        for name, value in vars(read_config(out_dir)[1]).items():
+            if name not in ("generator", "compressor_model") and value != config[name]:
                 fail(f"the checkpoint {out_dir} has {name}={value}, this run {name}={config[name]}")
         model.load(out_dir)
         say(f"evaluating {out_dir}")

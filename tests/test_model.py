@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 import lora
 from model import SYSTEM, KVCache, Prompt, ScaleDown, ScaleDownConfig
@@ -18,8 +18,9 @@ GENERATORS = ["llama", "mistral", "qwen2", "gemma2", "gpt2"]
 def build(tiny, generator="llama", **kwargs):
     if "compressor_model" in kwargs:
         kwargs.update(compressor_type="modernbert", compressor_model=tiny(kwargs["compressor_model"]))
+    generator = tiny(generator)  # draws its weights the first time that it is asked for
     torch.manual_seed(0)
-    model = ScaleDown(ScaleDownConfig(generator=tiny(generator), **{**dict(
+    model = ScaleDown(ScaleDownConfig(generator=generator, **{**dict(
         num_layers=2, num_memory_tokens=3, projection_hidden=20, answer_tokens=12, lora_dropout=0.0), **kwargs}))
     with torch.no_grad():  # an adapter that does something
         for _, m in lora.layers(model.generator):
@@ -410,6 +411,13 @@ def test_lora_on_the_compressor(tiny, examples, tmp_path, compressor_type):
     batch = model.collate(examples)["compressor"]
     want = model.compressor(**batch)[0]
     torch.testing.assert_close(ScaleDown.from_pretrained(tmp_path).compressor(**batch)[0], want)
+    if compressor_type == "modernbert":  # the same shapes, other embeddings
+        shutil.copytree(tiny("modernbert"), tmp_path / "other")
+        other = AutoModel.from_pretrained(tmp_path / "other")
+        other.get_input_embeddings().weight.data *= -1
+        other.save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match="trained with another compressor"):
+            ScaleDown.from_pretrained(tmp_path, compressor_model=str(tmp_path / "other"))
     weights = model.compressor.state_dict()
     for name in [name for name in weights if name.endswith("lora_A")]:
         layer = name.removesuffix("lora_A")
