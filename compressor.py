@@ -219,7 +219,10 @@ class Compressor(nn.Module):
     def forward(self, **batch):
         """What tokenize() returns -> memory (B, k, l, d), scores (B, k) or None"""
         h = (self.read_packed if self.packed else self.read_rows)(self.learned_tokens(), **batch)  # (B, k, n, hidden)
-        scores = self.score_head(h[:, :, -1]).squeeze(-1) if self.enable_reranking else None
+        scores = None
+        if self.enable_reranking:  # in float32, under autocast too: bfloat16 has not the digits to rank 50 documents
+            rr, head = h[:, :, -1].float(), self.score_head
+            scores = (rr * head.weight.float()).sum(-1) + head.bias.float()
         return self.projection(h[:, :, :self.num_memory_tokens]), scores
 
     def read_packed(self, learned, query_ids, query_mask, doc_ids, doc_mask):

@@ -43,7 +43,7 @@ def is_document(d):
 def document_text(document):
     """A document as the models read it: a string, or the title on a line of its own before the text."""
     if isinstance(document, str):
-        return document
+        return document.strip()
     return f"{document.get('title', '')}\n{document['text']}".strip()
 
 
@@ -187,7 +187,7 @@ class Chunks(Documents):
         return 2 * super().__len__()
 
     def __getitem__(self, i):
-        text = document_text(super().__getitem__(i // 2))
+        text = " ".join(document_text(super().__getitem__(i // 2)).split())  # no chunk of blanks
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
         pieces = 1 + (i % 2 and len(offsets) > 1)
         size = min(self.max_tokens, len(offsets) // pieces)

@@ -63,12 +63,12 @@ def rewritten(name, rewrite, splits=("train", "val", "test")):
     """data/toy's files, each list of documents rewritten: rewrite(number, example, all examples) -> documents."""
     for split in splits:
         path = f"{out_dir}/{name}.{split}.jsonl"
-        with open(f"{path}.tmp", "w") as f:  # another table may be reading it
+        with open(f"{path}.{os.getpid()}", "w") as f:  # another table may be reading it, or writing it
             for n, x in enumerate(examples := Examples(f"data/toy/{split}.jsonl")):
                 x["documents"] = rewrite(n, x, examples)
                 x.pop("reranking_scores")
                 f.write(json.dumps(x) + "\n")
-        os.replace(f"{path}.tmp", path)
+        os.replace(f"{path}.{os.getpid()}", path)
     return {split: f"{out_dir}/{name}.{split}.jsonl" for split in splits}
 
 

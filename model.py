@@ -118,10 +118,12 @@ class Prompt:
 
 def identity(model):
     """What tells a frozen model from another one, wherever its folder lies and whatever its dtype."""
-    shape, embed = model.config, model.get_input_embeddings().weight
-    rows = embed[:64].detach().cpu().bfloat16().view(torch.int16).numpy()
-    return dict(model_type=shape.model_type, hidden_size=embed.shape[1], num_hidden_layers=shape.num_hidden_layers,
-                vocab_size=shape.vocab_size, embeddings_sha256=sha256(rows.tobytes()).hexdigest()[:16])
+    shape = model.config
+    rows = sorted(p[0].detach().cpu().bfloat16().view(torch.int16).numpy().tobytes()
+                  for p in model.parameters() if p.dim() == 2)
+    return dict(model_type=shape.model_type, num_hidden_layers=shape.num_hidden_layers,
+                hidden_size=model.get_input_embeddings().embedding_dim, vocab_size=shape.vocab_size,
+                weights_sha256=sha256(b"".join(rows)).hexdigest()[:16])
 
 
 @dataclass
@@ -539,13 +541,17 @@ class ScaleDown(nn.Module):
 
     def load(self, out_dir):
         """Loads the weights of a checkpoint into this model; RR stays as it is where the checkpoint has none. Raises
-        ValueError when they are of another backbone or of other sizes, OSError when there is no checkpoint."""
+        ValueError when they are of another backbone, of other sizes or another lora_alpha, OSError when there is no
+        checkpoint."""
         saved, _ = read_config(out_dir)
         for part in ("generator", "compressor"):
             then, now = saved[f"{part}_identity"], getattr(self, f"{part}_identity")
             if then != now:
                 raise ValueError(f"the checkpoint {out_dir} was trained with another {part}: its is {then}, "
                                  f"this is {now}")
+        if saved["lora_alpha"] != self.config.lora_alpha:
+            raise ValueError(f"the checkpoint {out_dir} was trained with lora_alpha={saved['lora_alpha']}, this is "
+                             f"{self.config.lora_alpha}")
         own = {name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("generator.")}
         if not saved["enable_reranking"]:
             own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
@@ -563,8 +569,9 @@ class ScaleDown(nn.Module):
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
         model = cls(config, dtype=dtype)
         model.load(out_dir)
-        for p in model.parameters():  # not .to(dtype): it would round the rotary embeddings' frequencies too
-            p.data = p.data.to(dtype)
+        for name, p in model.named_parameters():  # not .to(dtype): it would round the rotary embeddings, too
+            if not name.startswith("compressor.score_head."):
+                p.data = p.data.to(dtype)
         return model.to(device).eval()
 
 

@@ -79,10 +79,17 @@ if compress and not store:
     fail("--compress=CORPUS goes into --store=FOLDER")
 if (compress or export) and (query or data):
     fail("--compress and --export answer nothing: leave out --query and --data")
+if export and (compress or store):
+    fail("--export writes the generator alone: leave out --compress and --store")
 if export and os.path.exists(export):
     fail(f"{export} is there already: choose another folder, or delete it")
-if answers and answers in (data, qrels):
-    fail(f"--answers={answers} would overwrite what it is to be compared with")
+if data:  # beside the checkpoint, for training replaces its folder
+    folder, name = os.path.split(os.path.abspath(data))
+    answers = answers or f"{os.path.normpath(out_dir)}.{os.path.basename(folder)}.{Path(name).stem}.jsonl"
+    if os.path.realpath(answers) in map(os.path.realpath, (data, qrels)):
+        fail(f"--answers={answers} would overwrite what it is to be compared with")
+    if os.path.isdir(answers) or not os.access(os.path.dirname(answers) or ".", os.W_OK):
+        fail(f"{answers} cannot be written: --answers=FILE for another place")
 torch.manual_seed(seed)
 
 try:
@@ -157,19 +164,12 @@ def reads(part, mode):
     documents = [docs[:keep or None] for docs in documents]
     if not memory_store or mode != "compressed":
         return queries, documents, None
-    try:
-        return queries, documents, memory_store.memory(documents).to(model.device)
-    except ValueError as e:
-        fail(e)
+    return queries, documents, memory_store.memory(documents).to(model.device)
 
 
-def answer(part, mode):
-    try:
-        queries, documents, memory = reads(part, mode)
-        return model.generate(queries, documents, max_new_tokens or None, temperature, top_k,
-                              "compressed" if mode == "reranked" else mode, memory=memory)
-    except ValueError as e:
-        fail(e)
+def answer(mode, queries, documents, memory):
+    return model.generate(queries, documents, max_new_tokens or None, temperature, top_k,
+                          "compressed" if mode == "reranked" else mode, memory=memory)
 
 
 @torch.no_grad()
@@ -206,13 +206,14 @@ def ranking_scores(examples):
         # prepare.py calls the chunks of a document ID#0, ID#1, ..: where the qrels know ID alone, its best chunk counts
         ids = [id if id in known else id.rpartition("#")[0] or id for id in (d["_id"] for d in x["documents"])]
         orders = dict(given=range(len(ids)), reranked=x.get("ranking"))
-        if "reranking_scores" in x:
+        if x.get("reranking_scores"):
             orders["teacher"] = sorted(range(len(ids)), key=lambda i: -x["reranking_scores"][i])
         for name, order in orders.items():
             if order is not None:
                 ranking = [*dict.fromkeys(ids[i] for i in order)]
                 rows.setdefault(name, []).append(ndcg(ranking, relevance[x["_id"]]))
-    return {name: round(sum(row) / len(row), 4) for name, row in rows.items()}
+    judged = len(rows.get("given", ()))  # a mean over some of them would stand beside means over all
+    return {name: round(sum(row) / len(row), 4) for name, row in rows.items() if len(row) == judged}
 
 
 def write_answers(rows):
@@ -230,8 +231,11 @@ if compress:
         fail(e)
 elif export:
     merge_and_unload(model.generator)
-    model.generator.save_pretrained(export)
-    model.tokenizer.save_pretrained(export)
+    try:
+        model.generator.save_pretrained(export)
+        model.tokenizer.save_pretrained(export)
+    except (OSError, SafetensorError) as e:
+        fail(f"{export} could not be written: {e}")
     print(f"{export}: {model.config.generator} with the LoRA of {out_dir} merged")
 elif data:
     if not all("answer" in x or x.get("answers") for x in examples):
@@ -241,26 +245,34 @@ elif data:
     if qrels and not all(isinstance(d, dict) and isinstance(d.get("_id"), str)
                          for x in examples for d in x["documents"]):
         fail(f"{data}: a document has no \"_id\", a string, to find in {qrels}")
-    answers = answers or f"{os.path.normpath(out_dir)}.{Path(data).stem}.jsonl"  # training replaces the folder itself
-    if not os.access(os.path.dirname(answers) or ".", os.W_OK):
-        fail(f"{answers} cannot be written: --answers=FILE for another place")
     rows = [dict(query=x["query"], references=references(x)) for x in examples]
-    try:  # what would fail only when all is generated
-        if judge:
-            grades(examples[:1], ["x"])
+    # what would fail only when all is generated
+    try:
         for x in examples if memory_store else []:
             memory_store.find(x["documents"])
+    except ValueError as e:
+        fail(e)
+    try:
+        if judge:
+            grades(examples[:1], ["x"])
     except Exception as e:  # a template refuses in its own way
-        fail(e if memory_store else f"{judge} cannot judge: {e}")
+        fail(f"{judge} cannot judge: {e}")
     # alike beside alike: less padding
     length = lambda x: len(x["query"]) + sum(len(document_text(d)) for d in x["documents"])
     order = sorted(range(len(examples)), key=lambda i: length(examples[i]))
     scores = {}
     for mode in modes:
-        for i in tqdm(range(0, len(order), batch_size), desc=mode):
-            part = order[i:i + batch_size]
-            for j, a in zip(part, answer([examples[j] for j in part], mode)):
-                rows[j][mode] = dict(zip(("answer", "em", "f1", "match"), (a, *score(a, rows[j]["references"]))))
+        found = []
+        try:
+            for i in tqdm(range(0, len(order), batch_size), desc=mode):
+                found += answer(mode, *reads([examples[j] for j in order[i:i + batch_size]], mode))
+        except ValueError as e:  # full text may be too long where what is compressed is not
+            if mode != "full":
+                fail(e)
+            print(f"{mode:10}  left out: {e}")
+            continue
+        for j, a in zip(order, found):
+            rows[j][mode] = dict(zip(("answer", "em", "f1", "match"), (a, *score(a, rows[j]["references"]))))
         write_answers(rows)
         if judge:
             for row, grade in zip(rows, grades(examples, [row[mode]["answer"] for row in rows])):
@@ -280,17 +292,21 @@ elif data:
     print(json.dumps(scores))
 else:
     x = examples[0]
-    memory, scores = reads([x], "compressed")[2], None  # (1, k, l, d), (1, k)
-    if memory is None:
-        memory, scores = model.compress([x["query"]], [x["documents"]])
-    for i, document in enumerate(x["documents"]):
-        label = f"[{i + 1}]" if scores is None else f"[{i + 1}, relevance {scores[0, i].item():.2f}]"
-        print(f"{label} {document_text(document)}")
-    print(f"\nquestion: {x['query']}\n")
-    for mode in modes:
-        queries, documents, _ = reads([x], mode)
-        mask = model.embed_prompts(queries, documents, "compressed" if mode == "reranked" else mode)[1]
-        print(f"{mode:10}  {mask.sum().item():5} positions read by the generator   {answer([x], mode)[0]}")
+    try:
+        read = {mode: reads([x], mode) for mode in modes}
+        memory, scores = read["compressed"][2], None
+        if memory is None:
+            memory, scores = model.compress([x["query"]], [x["documents"]])  # (1, k, l, d), (1, k)
+        for i, document in enumerate(x["documents"]):
+            label = f"[{i + 1}]" if scores is None else f"[{i + 1}, relevance {scores[0, i].item():.2f}]"
+            print(f"{label} {document_text(document)}")
+        print(f"\nquestion: {x['query']}\n")
+        for mode, (queries, documents, stored) in read.items():
+            kind = "compressed" if mode == "reranked" else mode
+            n = model.embed_prompts(queries, documents, kind, memory=stored)[1].sum().item()
+            print(f"{mode:10}  {n:5} positions read by the generator   {answer(mode, *read[mode])[0]}")
+    except ValueError as e:
+        fail(e)
     if "answer" in x:
         print(f"{'teacher':10}  {'':36}   {x['answer']}")
     if "answers" in x:

@@ -109,6 +109,8 @@ if task not in ("answer", "pretrain"):
     fail(f"task is answer or pretrain, not '{task}'")
 if task == "pretrain" and enable_reranking:
     fail("task=pretrain has no scores to learn: leave enable_reranking to the run that begins with it")
+if task == "pretrain" and sample_at_end:
+    fail("task=pretrain has no question to end with: sample_at_end=False")
 if os.path.exists(out_dir) and not os.path.isdir(out_dir):
     fail(f"out_dir={out_dir} is not a folder")
 at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,

@@ -14,8 +14,10 @@ import torch
 from conftest import EXAMPLES, ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lora
+from compressor import layer_list
 from data import Store, document_text, interval, ndcg, read_qrels
-from model import ScaleDown
+from model import ScaleDown, ScaleDownConfig
 
 CPU = ["--device=cpu", "--dtype=float32"]
 
@@ -25,17 +27,35 @@ def load(path):
         return [json.loads(line) for line in f]
 
 
+def speaking(generator, folder, **settings):
+    """A checkpoint, untrained, whose adapter does so much that it says something else for other documents."""
+    torch.manual_seed(0)
+    model = ScaleDown(ScaleDownConfig(generator=generator, num_layers=2, num_memory_tokens=2, answer_tokens=8, **settings))
+    with torch.no_grad():
+        for _, m in lora.layers(model.generator):
+            m.lora_B.normal_(std=0.5)
+    model.save(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
-    """Examples whose queries and documents have ids, and qrels of them."""
-    folder = tmp_path_factory.mktemp("asked")
+def ranker(tiny, tmp_path_factory):
+    return speaking(tiny("llama"), tmp_path_factory.mktemp("ranker") / "checkpoint", enable_reranking=True)
+
+
+@pytest.fixture(scope="module")
+def asked(ranker, tmp_path_factory):
+    """Examples whose queries and documents have ids, and qrels of them; the reference of every other question is what
+    the model says from its first two documents."""
+    model, folder = ScaleDown.from_pretrained(ranker), tmp_path_factory.mktemp("asked")
     rng, rows = random.Random(0), []
     texts = [document_text(d) for x in EXAMPLES for d in x["documents"]]
     for n in range(6):
         chosen = rng.sample(range(len(texts)), 4 - n % 2)
-        rows.append(dict(_id=f"q{n}", query=EXAMPLES[n % 3]["query"], answers=["stone", "the river"],
-                         documents=[dict(_id=f"d{i}#{n}", text=texts[i]) for i in chosen],
-                         reranking_scores=[rng.random() for _ in chosen]))
+        x = dict(_id=f"q{n}", query=EXAMPLES[n % 3]["query"], reranking_scores=[rng.random() for _ in chosen],
+                 documents=[dict(_id=f"d{i}#{n}", text=texts[i]) for i in chosen])
+        said = model.generate([x["query"]], [x["documents"][:2]])[0]
+        rows.append(x | dict(answers=["stone", said if n % 2 else "the river"]))
     (folder / "asked.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
     qrels = {f"q{n}": {f"d{i}": rng.randint(0, 2) for i in rng.sample(range(len(texts)), 5)} for n in range(5)}  # not q5
     (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(
@@ -60,13 +80,12 @@ def test_interval_is_the_percentile_bootstrap():
     assert interval(values, 5000) == pytest.approx([*want.confidence_interval], abs=0.01)
 
 
-def test_the_best_candidates_by_relevance(job, trained, asked):
-    _, out_dir, _ = job
+def test_the_best_candidates_by_relevance(ranker, asked):
     folder, rows, qrels = asked
-    out = run("sample.py", f"--out_dir={out_dir}/last", f"--data={folder}/asked.jsonl", "--candidates=3", "--keep=2",
-              f"--qrels={folder}/qrels.tsv", "--batch_size=4", *CPU)
-    scores, said = json.loads(out.splitlines()[-1]), load(f"{out_dir}/last.asked.jsonl")
-    model = ScaleDown.from_pretrained(f"{out_dir}/last")
+    args = ["sample.py", f"--out_dir={ranker}", f"--data={folder}/asked.jsonl", "--candidates=3", "--keep=2", *CPU]
+    out = run(*args, f"--qrels={folder}/qrels.tsv", "--batch_size=4")
+    scores, said = json.loads(out.splitlines()[-1]), load(f"{ranker}.{folder.name}.asked.jsonl")
+    model = ScaleDown.from_pretrained(ranker)
     runs = dict(given={}, reranked={}, teacher={})
     for x, row in zip(rows, said):
         documents = x["documents"][:3]
@@ -83,6 +102,8 @@ def test_the_best_candidates_by_relevance(job, trained, asked):
         found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(ranked)
         assert len(found) == 5
         assert scores["ndcg@10"][name] == pytest.approx(np.mean([x["ndcg_cut_10"] for x in found.values()]), abs=1e-4)
+    assert len({row["compressed"]["answer"] for row in said}) > 3 and len({row["compressed"]["em"] for row in said}) == 2
+    assert sum(row["compressed"]["answer"] != row["reranked"]["answer"] for row in said) > 2
     for mode in ("compressed", "reranked", "full", "none"):
         f1 = [row[mode]["f1"] for row in said]
         assert scores[mode]["f1"] == pytest.approx(np.mean(f1), abs=1e-4)
@@ -91,20 +112,26 @@ def test_the_best_candidates_by_relevance(job, trained, asked):
     # more candidates than the generator has positions for, of which it reads few
     many = dict(query="who is it?", answers=["stone"], documents=rows[0]["documents"] * 60)
     (folder / "many.jsonl").write_text(json.dumps(many))
-    out = run("sample.py", f"--out_dir={out_dir}/last", f"--data={folder}/many.jsonl", "--keep=2", *CPU)
+    out = run("sample.py", f"--out_dir={ranker}", f"--data={folder}/many.jsonl", "--keep=2", *CPU)
     assert json.loads(out.splitlines()[-1]).keys() == {"compressed", "reranked", "full", "none"}
+    # full text too long, some without the teacher's scores: what is left of the scores
+    long = [rows[0], rows[1] | dict(documents=rows[1]["documents"] * 20, reranking_scores=None)]
+    (folder / "long.jsonl").write_text("".join(json.dumps(x) + "\n" for x in long))
+    out = run("sample.py", f"--out_dir={ranker}", f"--data={folder}/long.jsonl", f"--qrels={folder}/qrels.tsv", *CPU)
+    scores = json.loads(out.splitlines()[-1])
+    assert scores.keys() == {"compressed", "none", "ndcg@10"} and scores["ndcg@10"].keys() == {"given"}
+    assert "full        left out: prompt and answer (" in out
 
 
-def test_memory_from_a_store(job, asked, tmp_path):
-    args, _, _ = job
+def test_memory_from_a_store(tiny, asked, tmp_path):
     folder, rows, _ = asked
-    run("train.py", *args, "--enable_reranking=False", "--query_dependent=False", "--max_iters=2", f"--out_dir={tmp_path}/out")
+    alone = speaking(tiny("llama"), tmp_path / "out", query_dependent=False)
     corpus = {document_text(d): d for x in rows for d in x["documents"]}
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in corpus.values()))
-    sample = ["sample.py", f"--out_dir={tmp_path}/out/last", f"--store={tmp_path}/store", *CPU]
+    sample = ["sample.py", f"--out_dir={alone}", f"--store={tmp_path}/store", *CPU]
     make = [*sample, f"--compress={tmp_path}/corpus.jsonl", "--shard_size=4", "--batch_size=3"]
     assert f"memory of {len(corpus)} documents" in run(*make)
-    model = ScaleDown.from_pretrained(f"{tmp_path}/out/last")
+    model = ScaleDown.from_pretrained(alone)
     store = Store(f"{tmp_path}/store")
     memory = store.memory([x["documents"] for x in rows])  # (B, k, l, d)
     for x, m in zip(rows, memory):
@@ -120,34 +147,39 @@ def test_memory_from_a_store(job, asked, tmp_path):
     assert os.stat(tmp_path / "store" / shards[0]).st_mtime_ns == before
     said = []
     for extra in ([], [f"--store={tmp_path}/store"]):
-        run("sample.py", f"--out_dir={tmp_path}/out/last", *CPU, f"--data={folder}/asked.jsonl",
+        run("sample.py", f"--out_dir={alone}", *CPU, f"--data={folder}/asked.jsonl",
             f"--answers={tmp_path}/answers.jsonl", *extra)
         said.append(load(f"{tmp_path}/answers.jsonl"))
-    assert said[0] == said[1]
+    assert said[0] == said[1] and len({row["compressed"]["answer"] for row in said[0]}) > 3
     (tmp_path / "other.txt").write_text("Nobody has stored me.")
     assert "has no memory of the document 'Nobody has stored me.'" in run(
         *sample, "--query=who?", f"--docs={tmp_path}/other.txt", ok=False)
     assert "was made of another shard_size" in run(*make, "--shard_size=5", ok=False)
     assert "was made of another corpus" in run(*make[:-3], f"--compress={tmp_path}/other.txt", ok=False)
-    run("train.py", *args, "--enable_reranking=False", "--query_dependent=False", "--max_iters=3", f"--out_dir={tmp_path}/out",
-        "--init_from=resume")
+    with torch.no_grad():
+        model.compressor.memory_tokens += 1
+    model.save(alone)
     assert "was made of another compressor" in run(*sample, f"--data={folder}/asked.jsonl", ok=False)
     assert "holds no store: sample.py --compress=CORPUS" in run(
         *sample, f"--store={tmp_path}/none", f"--data={folder}/asked.jsonl", ok=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])  # ChatML, no system role, no template
-def test_the_judge_replies_with_a_letter(job, trained, asked, tiny, tmp_path, name):
-    _, out_dir, _ = job
+def test_the_judge_replies_with_a_letter(ranker, asked, tiny, tmp_path, name):
     folder, rows, _ = asked
-    out = run("sample.py", f"--out_dir={out_dir}/last", f"--data={folder}/asked.jsonl", f"--judge={tiny(name)}", *CPU,
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny(name)), AutoModelForCausalLM.from_pretrained(tiny(name))
+    with torch.no_grad():  # it heeds what it reads: not the same letter every time
+        for parameter in layer_list(model).parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
+    tokenizer.save_pretrained(tmp_path / "judge")
+    model.save_pretrained(tmp_path / "judge")
+    out = run("sample.py", f"--out_dir={ranker}", f"--data={folder}/asked.jsonl", f"--judge={tmp_path}/judge", *CPU,
               f"--answers={tmp_path}/answers.jsonl", "--batch_size=4")
     scores, said = json.loads(out.splitlines()[-1]), load(tmp_path / "answers.jsonl")
-    tokenizer, model = AutoTokenizer.from_pretrained(tiny(name)), AutoModelForCausalLM.from_pretrained(tiny(name))
     grades = []
     for row in (row | dict(mode=mode) for row in said for mode in ("compressed", "full", "none")):
         system = "You grade answers to questions."
-        user = (f"Question: {row['query']}\nReference answers: stone / the river\nAnswer to grade: "
+        user = (f"Question: {row['query']}\nReference answers: {' / '.join(row['references'])}\nAnswer to grade: "
                 f"{row[row['mode']]['answer']}\n\nDoes the answer to grade say what one of the reference answers says? "
                 "A: yes. B: in part. C: no. Reply with the letter alone.")
         text = {"llama": f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
@@ -158,6 +190,7 @@ def test_the_judge_replies_with_a_letter(job, trained, asked, tiny, tmp_path, na
             logits = model(torch.tensor([whole[0][:-1]])).logits[0, -1]
         grades.append([1.0, 0.5, 0.0][logits[[ids[-1] for ids in whole]].argmax()])
         assert row[row["mode"]]["judge"] == grades[-1]
+    assert len({*grades}) > 1
     assert np.mean(grades) == pytest.approx(np.mean([scores[m]["judge"] for m in ("compressed", "full", "none")]), abs=1e-3)
 
 
@@ -210,7 +243,10 @@ def test_bad_evaluations(job, trained, asked, tmp_path):
     assert "judges none of the queries" in run(*args, data, f"--qrels={tmp_path}/qrels.tsv", ok=False)
     (tmp_path / "text.jsonl").write_text(json.dumps({**EXAMPLES[0], "_id": "q99"}))
     assert "answer nothing" in run(*args, data, f"--export={tmp_path}/x", ok=False)
-    assert "would overwrite" in run(*args, data, f"--answers={folder}/asked.jsonl", ok=False)
+    assert "leave out --compress and --store" in run(*args, f"--store={tmp_path}", f"--export={tmp_path}/x", ok=False)
+    assert "x could not be written" in run(*args, f"--export={tmp_path}/qrels.tsv/x", ok=False)
+    assert "would overwrite" in run(*args, data, f"--answers={folder}/../{folder.name}/asked.jsonl", ok=False)
+    assert "cannot be written" in run(*args, data, f"--answers={folder}", ok=False)
     assert 'a document has no "_id"' in run(*args, f"--data={tmp_path}/text.jsonl", f"--qrels={tmp_path}/qrels.tsv", ok=False)
     assert "--answers=FILE for another place" in run(*args, data, "--answers=/nowhere/answers.jsonl", ok=False)
     assert "no/such/judge" in run(*args, data, "--judge=no/such/judge", ok=False)
