@@ -546,7 +546,7 @@ class ScaleDown(nn.Module):
         saved, _ = read_config(out_dir)
         for part in ("generator", "compressor"):
             then, now = saved[f"{part}_identity"], getattr(self, f"{part}_identity")
-            if then != now:
+            if then and now and then != now:  # a compressor has one where its backbone is frozen
                 raise ValueError(f"the checkpoint {out_dir} was trained with another {part}: its is {then}, "
                                  f"this is {now}")
         if saved["lora_alpha"] != self.config.lora_alpha:
@@ -569,9 +569,8 @@ class ScaleDown(nn.Module):
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
         model = cls(config, dtype=dtype)
         model.load(out_dir)
-        for name, p in model.named_parameters():  # not .to(dtype): it would round the rotary embeddings, too
-            if not name.startswith("compressor.score_head."):
-                p.data = p.data.to(dtype)
+        for p in model.parameters():  # not .to(dtype): it would round the rotary embeddings' frequencies too
+            p.data = p.data.to(dtype)
         return model.to(device).eval()
 
 

@@ -134,5 +134,7 @@ def test_chunks_are_repeated_and_continued(tiny, tmp_path):
             assert any(document + space + x["answer"] in texts[i // 2] for space in ("", " "))
     assert all(4 <= count(x) <= 9 for x in (chunks[0]["answer"], chunks[1]["answer"], *chunks[1]["documents"]))
     assert chunks[2]["answer"] == texts[1] or count(texts[1]) > 8
+    blanks = write(tmp_path / "blanks.txt", "Loku" + " " * 400 + "river\n")
+    assert all(x["answer"] and all(x["documents"]) for x in map(Chunks(blanks, tokenizer, 8).__getitem__, range(2)))
     with pytest.raises(ValueError, match="empty.jsonl, line 2: neither a text nor"):
         Chunks(write(tmp_path / "empty.jsonl", '"a"\n{"title": "", "text": " "}\n'), tokenizer, 8)

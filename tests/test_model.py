@@ -351,6 +351,18 @@ def test_a_checkpoint_gives_the_same_model(tiny, tmp_path, examples, kwargs):
     assert half.generator.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_relevance_has_more_digits_than_bfloat16(tiny, tmp_path, examples):
+    """With weights in bfloat16 and under autocast: or many of 50 documents would tie."""
+    model = build(tiny, enable_reranking=True)
+    model.save(tmp_path)
+    half = ScaleDown.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    asked = [x["query"] for x in examples], [x["documents"] for x in examples]
+    for m, autocast in ((half, False), (model, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            scores = m.compress(*asked)[1]
+        assert not scores.equal(scores.bfloat16().float())
+
+
 def test_checkpoints_that_do_not_fit(tiny, tmp_path):
     build(tiny).save(tmp_path)
     AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "twin")  # of the same shape
@@ -359,6 +371,8 @@ def test_checkpoints_that_do_not_fit(tiny, tmp_path):
     for other in (tiny("qwen2"), str(tmp_path / "twin")):
         with pytest.raises(ValueError, match="trained with another generator"):
             ScaleDown.from_pretrained(tmp_path, generator=other)
+    with pytest.raises(ValueError, match="trained with lora_alpha=32, this is 16"):
+        build(tiny, lora_alpha=16).load(tmp_path)
     with open(tmp_path / "config.json") as f:
         config = json.load(f)
     with open(tmp_path / "config.json", "w") as f:

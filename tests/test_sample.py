@@ -20,6 +20,7 @@ from data import Store, document_text, interval, ndcg, read_qrels
 from model import ScaleDown, ScaleDownConfig
 
 CPU = ["--device=cpu", "--dtype=float32"]
+README = os.path.join(ROOT, "README.md")
 
 
 def load(path):
@@ -209,6 +210,10 @@ def test_the_exported_generator_answers_alone(job, trained, tmp_path, monkeypatc
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == want
     assert "is there already" in run("sample.py", f"--out_dir={out_dir}/last", f"--export={tmp_path}/generator", ok=False)
 
+    # its LoRA would count twice
+    assert "trained with another generator" in run(
+        "sample.py", f"--out_dir={out_dir}/last", f"--generator={tmp_path}/generator", "--query=who?", f"--docs={README}", ok=False)
+
     # README's script, as it stands, with a stand-in for vLLM
     class LLM:
         def __init__(self, folder, enable_prompt_embeds):
@@ -221,7 +226,7 @@ def test_the_exported_generator_answers_alone(job, trained, tmp_path, monkeypatc
                 yield SimpleNamespace(outputs=[SimpleNamespace(text=self.tokenizer.decode(ids, skip_special_tokens=True))])
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
-    with open(os.path.join(ROOT, "README.md")) as f:
+    with open(README) as f:
         script = next(part for part in f.read().split("```python\n") if part.startswith("from vllm")).split("```")[0]
     script = script.replace('"out/smollm/best"', f'"{out_dir}/last"').replace('"generator"', f'"{tmp_path}/generator"')
     exec(script, scope := {})
