@@ -731,7 +731,7 @@ def test_real_passages_are_found(tmp_path):
     ("corpus.jsonl", b'{"_id": "1", "text": "a"}\n{"_id": "2", "text": "\xe9"}\n', "corpus.jsonl, line 2: not UTF-8"),
     ("corpus.jsonl", '{"_id": "1", "text": "a"}\n\n{"_id": 1, "text": "b"}\n', "corpus.jsonl, line 3: the _id '1' stands already in line 1"),
     ("corpus.tsv", "1\ta\n2 b\n", "corpus.tsv, line 2: no tab"),
-    ("corpus.jsonl.gz", gzip.compress(b'{"_id": "1", "text": "a"}\n' * 99)[:-9], "corpus.jsonl.gz: a damaged gzip file"),
+    ("corpus.jsonl.gz", gzip.compress(b'{"_id": "1", "text": "a"}\n' * 99, mtime=0)[:-9], "corpus.jsonl.gz: a damaged gzip file"),
     ("corpus.jsonl.gz", '{"_id": "1", "text": "a"}\n', "corpus.jsonl.gz: a damaged gzip file"),
     ("queries.jsonl", "\n", "queries.jsonl holds no queries"),
     ("queries.jsonl", '{"_id": "1"}\n', "queries.jsonl, line 1: 'text' is missing or empty"),
