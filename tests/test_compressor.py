@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, GPTNeoConfig, Lfm2Config
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, Lfm2Config
 
 from compressor import ModernBERTCompressor, NLayersCompressor, left_pad
 
@@ -220,3 +220,18 @@ def test_the_projection_begins_as_an_isometry(tiny, d):
     ids = c.tokenize(QUERIES, DOCUMENTS, k=4)
     h = c.read_rows(c.learned_tokens(), **ids)  # (2, 4, 3, 32)
     torch.testing.assert_close(memory, 0.25 * c.projection(h))
+
+
+@pytest.mark.parametrize("name", ["modernbert", "bert"])
+def test_memory_tokens_begin_as_the_encoders_mask(tiny, tmp_path, name):
+    encoder = AutoModel.from_pretrained(tiny(name))
+    encoder.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny(name), mask_token="</s>")
+    tokenizer.save_pretrained(tmp_path)
+    c = ModernBERTCompressor(str(tmp_path), 24, 70, num_memory_tokens=3)
+    mask = encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("</s>")]
+    assert torch.equal(c.memory_tokens, mask.expand(3, -1)) and c.memory_tokens.requires_grad
+    memory, _ = c(**c.tokenize(QUERIES, DOCUMENTS, k=3))
+    assert (memory[:, :, 0] - memory[:, :, 1]).abs().max() > 1e-3  # their places tell them apart
+    without = ModernBERTCompressor(tiny(name), 24, 70, num_memory_tokens=3)  # its tokeniser has no mask
+    assert len(without.memory_tokens.unique(dim=0)) == 3
