@@ -46,6 +46,16 @@ def test_tokenizer_is_one_token_a_word_and_tiktokens_own(tmp_path):
     assert tokenizer.decode(tokenizer("Ångström's 7 unknown words").input_ids) == "Ångström's 7 unknown words"
 
 
+def python(folder, *args):
+    """-> stdout of one of the scripts that toy() has copied"""
+    return subprocess.run([sys.executable, *args], cwd=folder, check=True, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ""}).stdout
+
+
+def scores(folder, *args):
+    return json.loads(python(folder, "sample.py", "--data=data/toy/test.jsonl", *args).splitlines()[-1])
+
+
 def toy(folder, prepare_settings, train_settings):
     """config/toy.py from nothing in a folder of its own; -> what train.py printed, the scores of data/toy/test.jsonl."""
     for script in ROOT.glob("*.py"):
@@ -56,12 +66,7 @@ def toy(folder, prepare_settings, train_settings):
         script, n = regex.subn(rf"^{name} = \d+", f"{name} = {value}", script, flags=regex.MULTILINE)
         assert n == 1
     (folder / "prepare.py").write_text(script)
-    env = {**os.environ, "PYTHONPATH": ""}
-    out = subprocess.run([sys.executable, "train.py", "config/toy.py", *train_settings], cwd=folder, check=True,
-                         capture_output=True, text=True, env=env).stdout
-    scores = subprocess.run([sys.executable, "sample.py", "--data=data/toy/test.jsonl"], cwd=folder, check=True,
-                            capture_output=True, text=True, env=env).stdout
-    return out, json.loads(scores.splitlines()[-1])
+    return python(folder, "train.py", "config/toy.py", *train_settings), scores(folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +77,9 @@ def short(tmp_path_factory):
 
 
 def test_the_toy_in_short(short):
-    _, out, scores = short
+    _, out, found = short
     assert "2 steps of 32" in out and "positions read by the generator" in out and "teacher" in out
-    assert scores.keys() == {"compressed", "full", "none"}
+    assert found.keys() == {"compressed", "full", "none"}
 
 
 @pytest.mark.parametrize("table, rows, has", [
@@ -82,9 +87,8 @@ def test_the_toy_in_short(short):
     ("documents", 1, "1"), ("query", 1, "1 | 20x"), ("training", 2, "all of it | 0.001 | 0.001"),
     ("reranking", 2, "with it | the 5 best of 5")])
 def test_a_table_in_short(short, table, rows, has):
-    out = subprocess.run([sys.executable, "experiments.py", f"--table={table}", "--steps=2", "--pretrain_steps=2",
-                          "--max_samples=6", f"--rows={rows}"], cwd=short[0], check=True, capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": ""}).stdout
+    out = python(short[0], "experiments.py", f"--table={table}", "--steps=2", "--pretrain_steps=2", "--max_samples=6",
+                 f"--rows={rows}")
     lines = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(lines) == rows + 2 and lines[-1].startswith(f"| {has} | ")
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
@@ -92,5 +96,9 @@ def test_a_table_in_short(short, table, rows, has):
 
 @pytest.mark.slow
 def test_the_toy_learns(tmp_path):
-    out, scores = toy(tmp_path, {}, [])
-    assert scores["compressed"]["em"] >= 0.90 and scores["full"]["em"] >= 0.95 and scores["none"]["em"] <= 0.10
+    _, found = toy(tmp_path, {}, [])
+    assert found["compressed"]["em"] >= 0.90 and found["full"]["em"] >= 0.95 and found["none"]["em"] <= 0.10
+    python(tmp_path, "train.py", "config/pretrain_toy_modernbert.py")
+    python(tmp_path, "train.py", "config/toy_modernbert.py", "--init_from=out/pretrain_toy_modernbert/best",
+           "--out_dir=out/toy_pretrained")
+    assert scores(tmp_path, "--out_dir=out/toy_pretrained/best")["compressed"]["em"] >= 0.90
