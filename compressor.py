@@ -296,8 +296,7 @@ class ModernBERTCompressor(Compressor):
     The projection begins as an isometry, relu(x) - relu(-x) = x, where it is wide enough (projection_hidden twice the
     backbone's hidden size, no larger than the generator's): what the backbone tells apart stays apart. Its output is
     scaled to be as large as the generator's own embeddings, by a factor that is learned from there. Memory tokens begin
-    as the encoder's [MASK], if it has one; their places tell them apart. (Our own; the paper does not say how either
-    begins.)"""
+    near the encoder's [MASK], if it has one. (Our own; the paper does not say how either begins.)"""
 
     def __init__(self, compressor_model, generator_hidden, projection_hidden=8096, num_memory_tokens=8,
                  enable_reranking=False, query_dependent=True, query_tokens=64, doc_tokens=128, generator_std=1.0):
@@ -307,8 +306,9 @@ class ModernBERTCompressor(Compressor):
         super().__init__(AutoTokenizer.from_pretrained(compressor_model), backbone, num_memory_tokens,
                          enable_reranking, query_dependent, query_tokens, doc_tokens)
         if self.tokenizer.mask_token_id is not None:  # where an encoder has learned to put what a text leaves open
+            mask = backbone.get_input_embeddings()(torch.tensor(self.tokenizer.mask_token_id))
             with torch.no_grad():
-                self.memory_tokens[:] = backbone.get_input_embeddings()(torch.tensor(self.tokenizer.mask_token_id))
+                self.memory_tokens.mul_(0.3).add_(mask)  # equal ones take long to part
         hidden = backbone.config.hidden_size
         up, down = nn.Linear(hidden, projection_hidden), nn.Linear(projection_hidden, generator_hidden)
         self.projection, self.generator_std = nn.Sequential(up, nn.ReLU(), down), generator_std
