@@ -1,10 +1,13 @@
 """Tiny random models of every architecture that the tests name, made once a session."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import string
 import subprocess
 import sys
+from tempfile import NamedTemporaryFile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once instead of asking the hub
 
@@ -127,15 +130,35 @@ def examples():
     return [dict(x) for x in EXAMPLES]
 
 
+# scripts run in processes forked from one that has imported these: to start one anew takes longer than most tests
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["torch", "torch.distributed.checkpoint.state_dict", "transformers",
+                              "transformers.models.auto.modeling_auto", "transformers.integrations.finegrained_fp8"])
+
+
+def be_script(args, env, out, err):
+    for fd, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY), fd)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.path[0], sys.argv = ROOT, [*args]
+    torch.set_num_threads(1)
+    runpy.run_path(args[0], run_name="__main__")
+
+
 def run(*args, ok=True):
     """-> stdout of a script, or, where it should fail, the one line that it says."""
-    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as err:
+        process = forks.Process(target=be_script, args=(args, {**os.environ, "OMP_NUM_THREADS": "1"}, out.name, err.name))
+        process.start()
+        process.join()
+        said, complained = out.read(), err.read()
+    assert (process.exitcode == 0) == ok, said + complained
     if ok:
-        return done.stdout
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stderr.strip().splitlines()[-1]
+        return said
+    assert "Traceback" not in complained, complained
+    return complained.strip().splitlines()[-1]
 
 
 def torchrun(n, *args, ok=True):

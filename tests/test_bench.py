@@ -86,7 +86,7 @@ def test_time_and_memory_in_short(what, tiny, tmp_path):
 
 def test_a_batch_that_does_not_fit_is_halved(tiny, tmp_path):
     """On a machine that runs out of memory at more than two queries."""
-    code = f"""import sys, torch, model
+    (tmp_path / "small.py").write_text(f"""import sys, torch, model
 sys.argv = {["bench.py", "--what=time", f"--generator={tiny('llama')}", *SMALL, "--batch=8", f"--json={tmp_path / 'rows.json'}"]}
 generate = model.ScaleDown.generate
 def small(self, queries, *args, **kwargs):
@@ -94,8 +94,8 @@ def small(self, queries, *args, **kwargs):
         raise torch.OutOfMemoryError
     return generate(self, queries, *args, **kwargs)
 model.ScaleDown.generate = small
-exec(compile(open("bench.py").read(), "bench.py", "exec"))"""
-    out = run("-c", code)
+exec(compile(open("bench.py").read(), "bench.py", "exec"))""")
+    out = run(tmp_path / "small.py")
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert "batch 8 does not fit: half of it\nbatch 4 does not fit" in out and {row["batch"] for row in rows} == {2}
     assert len(rows) == 3 and all(row["ms_a_query"][0] > 0 for row in rows)
