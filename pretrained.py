@@ -1,0 +1,53 @@
+"""
+Pretrained models and tokenisers of other people: loaded without running code of theirs, refused in one line where they
+cannot work here, and given text from outside (documents, queries, answers) that stays text.
+"""
+
+import re
+from functools import lru_cache
+
+from transformers import AutoConfig, AutoTokenizer
+
+
+def first_line(error):
+    """An exception in one line: its first line with words, after its type unless it is one that speaks to users."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return line if isinstance(error, (ValueError, OSError)) and line else f"{type(error).__name__}: {line}"
+
+
+def pretrained(load, name, **kwargs):
+    """load(name), a from_pretrained(), with kwargs. Code that comes with the model is never run, nor asked about.
+    Raises ValueError in one line that names the model, whatever went wrong."""
+    try:
+        return load(name, trust_remote_code=False, **kwargs)
+    except Exception as e:  # transformers raises nearly every kind for a folder that it cannot make sense of
+        raise ValueError(f"{name} cannot be loaded: {first_line(e)}") from e
+
+
+def load_config(name):
+    """The config of a model whose weights are plain text-only ones. Raises ValueError for others, in one line."""
+    config = pretrained(AutoConfig.from_pretrained, name)
+    if getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method", "in an unknown way") if isinstance(
+            config.quantization_config, dict) else type(config.quantization_config).__name__
+        raise ValueError(f"{name} has quantised weights ({method}): the plain (float) model is needed")
+    if config.get_text_config() is not config and not config.is_encoder_decoder:
+        raise ValueError(f"{name} is a model of more than text ({config.model_type}, with a text_config): save its "
+                         "language model alone in a folder of its own")
+    return config
+
+
+def load_model(auto, name, config=None, **kwargs):
+    """auto.from_pretrained() of a model that load_config() takes. Raises ValueError in one line."""
+    return pretrained(auto.from_pretrained, name, config=config or load_config(name), **kwargs)
+
+
+def load_tokenizer(name):
+    """A tokeniser that cuts and pads on the right, whatever its tokenizer_config.json says: a text's beginning is what
+    is kept. Raises ValueError for one without offsets (no tokenizer.json, and none can be made)."""
+    tokenizer = pretrained(AutoTokenizer.from_pretrained, name)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name} has a slow tokeniser ({type(tokenizer).__name__}): one with a tokenizer.json is needed, "
+                         "which tells where in a text its tokens stand")
+    tokenizer.truncation_side = tokenizer.padding_side = "right"
+    return tokenizer
