@@ -27,7 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer, logging
+from transformers import AttentionInterface, AutoModel, logging
+
+from pretrained import first_line, load_config, load_model, load_tokenizer, plain_text
 
 
 def left_pad(rows, width=1):
@@ -84,7 +86,8 @@ def packed_attention(module, q, k, v, mask, eager, scaling=None, dropout=0.0, **
     causal = torch.ones(Q, Q, dtype=torch.bool, device=q.device).tril()
     itself = torch.eye(Q, dtype=torch.bool, device=q.device)
     query_mask = mask[::documents, :, -1:, :Q] & causal | itself  # (B, 1, Q, Q)
-    y_query = attention(q[:, :, :Q], k[:, :, :Q], v[:, :, :Q], query_mask)
+    # contiguous: torch.compile's backward pass on a CPU takes views of another length for the ones that it has kept
+    y_query = attention(*(t[:, :, :Q].contiguous() for t in (q, k, v)), query_mask)
     blocks = q[:, :, Q:].unflatten(2, (documents, S)).transpose(1, 2).flatten(0, 1)  # (B * k, H, S, c)
     y = attention(blocks, beside_query(k, Q, documents), beside_query(v, Q, documents), mask)  # (B * k, S, H, c)
     return torch.cat([y_query, y.reshape(B, documents * S, *y.shape[2:])], dim=1), None
@@ -147,13 +150,14 @@ def only_memory(layer, n):
 class Compressor(nn.Module):
     """What both compressors share: the tokeniser, the learned tokens, how they read, the score head.
 
-    Raises ValueError when query, document and memory tokens do not fit into the backbone's longest sequence."""
+    Raises ValueError when query, document and memory tokens do not fit into the backbone's longest sequence, and for a
+    backbone that cannot do what is asked of it (see probe())."""
 
-    def __init__(self, tokenizer, backbone, num_memory_tokens, enable_reranking, query_dependent, query_tokens,
-                 doc_tokens):
+    def __init__(self, name, backbone, num_memory_tokens, enable_reranking, query_dependent, query_tokens, doc_tokens):
         super().__init__()
         backbone.config.use_cache = False
-        self.tokenizer, self.backbone = tokenizer, backbone
+        self.tokenizer, self.backbone = load_tokenizer(name), backbone
+        self.plain = plain_text(self.tokenizer)
         self.num_memory_tokens, self.query_tokens, self.doc_tokens = num_memory_tokens, query_tokens, doc_tokens
         embed = backbone.get_input_embeddings()
         std, width = embedding_std(embed), embed.embedding_dim
@@ -164,7 +168,7 @@ class Compressor(nn.Module):
             self.score_head = nn.Linear(backbone.config.hidden_size, 1)
         self.projection = nn.Identity()
         # [CLS] query [SEP] document [SEP] for an encoder, BOS query \n document for a decoder
-        t = tokenizer
+        t = self.tokenizer
         start = t.cls_token_id if t.cls_token_id is not None else t.bos_token_id
         self.start = [] if start is None else [start]
         self.end = [] if t.sep_token_id is None else [t.sep_token_id]
@@ -188,10 +192,34 @@ class Compressor(nn.Module):
         if self.packed:
             backbone.set_attn_implementation(f"packed_{config._attn_implementation}")
             only_memory(layer_list(backbone)[-1], num_memory_tokens + enable_reranking)
+        if self.memory_tokens.device.type != "meta":
+            self.probe(name)
+
+    def probe(self, name):
+        """Reads a document alone and next to a longer one: both must give the same hidden states, or padding or the
+        neighbour is seen. Parameters of rows' backbones that this does not use (Longformer's global attention) are
+        frozen: they would never get a gradient, which DDP waits for. Raises ValueError in one line."""
+        read = lambda *docs: self.read(self.learned_tokens(), **self.tokenize(["x"], [[*docs]], len(docs)))[0, 0]
+        try:
+            with torch.no_grad():
+                together = read("x", "x " * min(16, self.doc_tokens))
+            with torch.set_grad_enabled(not self.packed):
+                alone = read("x")
+            if not self.packed:
+                alone.sum().backward()
+        except Exception as e:  # each architecture fails in its own way
+            raise ValueError(f"{name} cannot be a compressor: {first_line(e)}") from e
+        if not torch.allclose(alone, together, rtol=0, atol=1e-3 * together.abs().max().item()):
+            raise ValueError(f"{name} cannot be a compressor: next to a longer document it reads one differently than "
+                             "alone, as it does not heed the attention mask")
+        for p in self.backbone.parameters() if not self.packed else ():
+            p.requires_grad_(p.grad is not None)
+        self.zero_grad()
 
     def tokens(self, texts, max_tokens):
         """The first max_tokens token ids of each text, no special tokens."""
-        return self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens).input_ids
+        return self.tokenizer([self.plain(text) for text in texts], add_special_tokens=False, truncation=True,
+                              max_length=max_tokens).input_ids
 
     def tokenize(self, queries, documents, k, fixed=False):
         """B queries, B lists of at most k document texts -> the tensors that forward() takes. A document that is
@@ -218,12 +246,15 @@ class Compressor(nn.Module):
 
     def forward(self, **batch):
         """What tokenize() returns -> memory (B, k, l, d), scores (B, k) or None"""
-        h = (self.read_packed if self.packed else self.read_rows)(self.learned_tokens(), **batch)  # (B, k, n, hidden)
+        h = self.read(self.learned_tokens(), **batch)  # (B, k, n, hidden)
         scores = None
         if self.enable_reranking:  # in float32, under autocast too: bfloat16 has not the digits to rank 50 documents
             rr, head = h[:, :, -1].float(), self.score_head
             scores = (rr * head.weight.float()).sum(-1) + head.bias.float()
         return self.projection(h[:, :, :self.num_memory_tokens]), scores
+
+    def read(self, learned, **batch):
+        return (self.read_packed if self.packed else self.read_rows)(learned, **batch)
 
     def read_packed(self, learned, query_ids, query_mask, doc_ids, doc_mask):
         """(n, hidden), (B, Q), (B, Q), (B, k, D), (B, k, D) -> hidden states at MEM and RR (B, k, n, hidden)"""
@@ -263,14 +294,15 @@ def other_layers(config):
 
 
 class NLayersCompressor(Compressor):
-    """The first N layers of the generator, with its final norm but no head (paper, section 3: "OSCAR-N-Layers").
+    """The first N layers of the generator, with no head (paper, section 3: "OSCAR-N-Layers"). norm: with its final norm
+    (the authors' released class drops it, and nothing scales: memory is then three times as large for SmolLM2).
 
     Raises ValueError where num_layers is not within the generator's, or its layers are not all of attention that a
     mask and position ids decide."""
 
     def __init__(self, generator, num_layers=8, num_memory_tokens=8, enable_reranking=False, query_dependent=True,
-                 query_tokens=64, doc_tokens=128):
-        config = AutoConfig.from_pretrained(generator)
+                 query_tokens=64, doc_tokens=128, norm=True):
+        config = load_config(generator)
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(f"num_layers={num_layers}, but {generator} has {config.num_hidden_layers} layers")
         config.num_hidden_layers = num_layers
@@ -280,10 +312,17 @@ class NLayersCompressor(Compressor):
             raise ValueError(f"{generator} has layers of type {other.pop()}: n_layers needs plain attention in all")
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # or a table of the layers beyond N, which are left out on purpose
-        backbone = AutoModel.from_pretrained(generator, config=config, dtype=torch.float32)
-        logging.set_verbosity(verbosity)
-        super().__init__(AutoTokenizer.from_pretrained(generator), backbone, num_memory_tokens, enable_reranking,
-                         query_dependent, query_tokens, doc_tokens)
+        try:
+            backbone = load_model(AutoModel, generator, config, dtype=torch.float32)
+        finally:
+            logging.set_verbosity(verbosity)
+        if not norm:
+            final = [name for name, m in backbone.named_children() if "norm" in type(m).__name__.lower()]
+            if len(final) != 1:
+                raise ValueError(f"compressor_norm=False, but {generator} has not one final norm but {len(final)}")
+            setattr(backbone, final[0], nn.Identity())
+        super().__init__(generator, backbone, num_memory_tokens, enable_reranking, query_dependent, query_tokens,
+                         doc_tokens)
 
 
 class ModernBERTCompressor(Compressor):
@@ -300,11 +339,15 @@ class ModernBERTCompressor(Compressor):
 
     def __init__(self, compressor_model, generator_hidden, projection_hidden=8096, num_memory_tokens=8,
                  enable_reranking=False, query_dependent=True, query_tokens=64, doc_tokens=128, generator_std=1.0):
-        backbone = AutoModel.from_pretrained(compressor_model, dtype=torch.float32)
+        config = load_config(compressor_model)
+        if config.is_encoder_decoder:
+            raise ValueError(f"{compressor_model} is an encoder-decoder ({config.model_type}): a compressor is one or "
+                             "the other")
+        backbone = load_model(AutoModel, compressor_model, config, dtype=torch.float32)
         if hasattr(backbone, "pooler"):  # BERT's, for [CLS]: it would never get a gradient here
             backbone.pooler = None
-        super().__init__(AutoTokenizer.from_pretrained(compressor_model), backbone, num_memory_tokens,
-                         enable_reranking, query_dependent, query_tokens, doc_tokens)
+        super().__init__(compressor_model, backbone, num_memory_tokens, enable_reranking, query_dependent, query_tokens,
+                         doc_tokens)
         if self.tokenizer.mask_token_id is not None:  # where an encoder has learned to put what a text leaves open
             mask = backbone.get_input_embeddings()(torch.tensor(self.tokenizer.mask_token_id))
             with torch.no_grad():

@@ -16,6 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: its weight is transposed, (in, out)
 
+# What adapter_config.json may say of an adapter that is LoRALinear's and nothing more: settings that change nothing in
+# what the file's A and B mean, whatever their value, and the values that others may have. All further ones must be off.
+NEUTRAL = {*"""auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern
+    layers_to_transform lora_alpha lora_dropout megatron_core peft_version qalora_group_size r revision runtime_config
+    target_modules task_type""".split()}
+PLAIN = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal"))
+OFF = (None, False, "", [], {})
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update. x (B, ..., in) -> (B, ..., out)."""
@@ -149,9 +157,9 @@ def load_lora(model, folder):
         raise RuntimeError("an adapter is merged into the weights: unmerge() it before loading another")
     with open(os.path.join(folder, "adapter_config.json")) as f:
         config = json.load(f)
-    for variant in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if config.get(variant):
-            raise ValueError(f"the adapter in {folder} has {variant}={config[variant]}, which is not supported")
+    for name, value in config.items():
+        if name not in NEUTRAL and value not in PLAIN.get(name, OFF):
+            raise ValueError(f"the adapter in {folder} has {name}={value}, which is not plain LoRA: not supported")
     own = {f"base_model.model.{name}.{part}.weight": getattr(m, part)
            for name, m in layers(model) for part in ("lora_A", "lora_B")}
     tensors = load_tensors(os.path.join(folder, "adapter_model.safetensors"), own)

@@ -9,24 +9,27 @@ B queries, k documents each, l memory tokens a document, d the generator's hidde
 
 import json
 import os
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from inspect import signature
 from itertools import chain
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, layer_list, left_pad, other_layers
 from data import document_text
-from lora import adapter_off, apply_lora, load_lora, load_tensors, save_lora
+from lora import adapter_off, apply_lora, layers, load_lora, load_tensors, save_lora
+from pretrained import first_line, load_model, load_tokenizer, plain_text
 
 SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
 SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
@@ -60,13 +63,14 @@ def render(tokenizer, messages, answer):
         try:
             text = template(chat, add_generation_prompt=True)
             whole = template(chat + [dict(role="assistant", content=answer)])
-        except Exception:  # a template refuses a role by raising, each in its own way
+        except Exception as e:  # a template refuses a role by raising, each in its own way
             if not system_role:
-                raise
+                raise ValueError(f"the chat template fails: {first_line(e)}") from e
             continue
-        if whole.startswith(text) and (chat[0]["content"] in text or not system_role):
+        if whole.startswith(text) and all(text.count(m["content"]) == 1 for m in chat) and whole.count(answer) == 1:
             return text, whole[len(text):], system_role
-    raise ValueError("the chat template does not write an answer behind its own generation prompt")
+    raise ValueError("the chat template does not write the messages once and as they are, and an answer after its own "
+                     "generation prompt")
 
 
 class Prompt:
@@ -75,10 +79,17 @@ class Prompt:
         before | documents | between | query | after | answer_start | answer | end
 
     A template without a system role gets the system line in the user's turn, a tokeniser without a template plain text.
+    Documents, query and answer are text from outside: nothing in them becomes a control token.
+
+    kept: the parts() of a prompt that was rendered before, to be used as it was. Raises ValueError for a template that
+    fails, or writes something else than it is given.
     """
 
-    def __init__(self, tokenizer, with_documents=True):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, with_documents=True, kept=None):
+        self.tokenizer, self.plain = tokenizer, plain_text(tokenizer)
+        if kept:
+            vars(self).update(kept)
+            return
         D, Q, A = "[[documents]]", "[[query]]", "[[answer]]"
         messages = partial(chat_messages, Q, D if with_documents else None)
         text, rest, self.system_role = render(tokenizer, messages, A)
@@ -91,6 +102,10 @@ class Prompt:
         if self.end_id is None:
             raise ValueError("the generator's tokeniser has neither an end-of-turn token nor an eos_token")
 
+    def parts(self):
+        """What was rendered, to be kept: a template may write another prompt tomorrow (today's date)."""
+        return {name: value for name, value in vars(self).items() if name not in ("tokenizer", "plain")}
+
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -101,29 +116,32 @@ class Prompt:
         return [row[skip:] for row in self.ids([before + text for text in texts])]
 
     def cut(self, texts, max_tokens):
-        """Each text cut behind its first max_tokens tokens."""
-        offsets = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens,
+        """Each text cut after its first max_tokens tokens, or before the character that this would part."""
+        texts = [self.plain(text) for text in texts]
+        offsets = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens + 1,
                                  return_offsets_mapping=True).offset_mapping
-        return [text[:o[-1][1]] if o else "" for text, o in zip(texts, offsets)]
+        ends = [min(o[-2][1], o[-1][0]) if len(o) > max_tokens else o[-1][1] if o else 0 for o in offsets]
+        return [text[:end] for text, end in zip(texts, ends)]
 
     def text(self, query, documents=()):
         """The whole prompt as text, up to where the answer begins."""
-        return self.before + "\n\n".join(documents) + self.between + query + self.after
+        documents = "\n\n".join(self.plain(document) for document in documents)
+        return self.before + documents + self.between + self.plain(query) + self.after
 
     def answer_ids(self, answers, max_tokens):
         """Token ids of each answer and its end of turn, at most max_tokens."""
-        rows = self.ids_behind(self.after, [self.answer_start + a for a in answers])
+        rows = self.ids_behind(self.after, [self.answer_start + self.plain(a) for a in answers])
         return [(row + [self.end_id])[:max_tokens] for row in rows]
 
 
 def identity(model):
-    """What tells a frozen model from another one, wherever its folder lies and whatever its dtype."""
+    """Fingerprint of a frozen model, independent of its folder's path, its dtype and its parameters' names: a digest of
+    the checksums of all its weights in bfloat16 (4 GB/s on one core)."""
     shape = model.config
-    rows = sorted(p[0].detach().cpu().bfloat16().view(torch.int16).numpy().tobytes()
-                  for p in model.parameters() if p.dim() == 2)
+    sums = sorted(crc32(p.detach().cpu().bfloat16().flatten().view(torch.int16).numpy()) for p in model.parameters())
     return dict(model_type=shape.model_type, num_hidden_layers=shape.num_hidden_layers,
                 hidden_size=model.get_input_embeddings().embedding_dim, vocab_size=shape.vocab_size,
-                weights_sha256=sha256(b"".join(rows)).hexdigest()[:16])
+                weights_crc32=sha256(repr(sums).encode()).hexdigest()[:16])
 
 
 @dataclass
@@ -143,6 +161,7 @@ class ScaleDownConfig:
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1
+    compressor_norm: bool = True  # n_layers: the final norm after the first N layers (the authors' class drops it)
     compressor_lora_r: int = 0  # LoRA on the compressor's backbone, too; 0: all of it is trained, as in the paper
 
 
@@ -168,16 +187,16 @@ class KVCache:
 class ScaleDown(nn.Module):
     """Answers to queries over documents that the compressor has turned into embeddings (paper, section 3)."""
 
-    def __init__(self, config, dtype=torch.float32):
-        """dtype: of the frozen generator. What is trained (compressor, LoRA) is float32.
-        Raises ValueError for settings that do not fit the models, OSError for models that cannot be found."""
+    def __init__(self, config, dtype=torch.float32, kept_prompt=None):
+        """dtype: of the frozen generator. What is trained (compressor, LoRA) is float32. kept_prompt: a checkpoint's.
+        Raises ValueError for settings that do not fit the models, and for models that cannot be found or used."""
         super().__init__()
         self.config = c = config
         if min(c.num_memory_tokens, c.query_tokens, c.doc_tokens, c.answer_tokens, c.lora_r) < 1:
             raise ValueError("num_memory_tokens, query_tokens, doc_tokens, answer_tokens and lora_r must be at least 1")
         if c.enable_reranking and not c.query_dependent:
             raise ValueError("enable_reranking scores documents for a query: it takes query_dependent=True")
-        self.generator = AutoModelForCausalLM.from_pretrained(c.generator, dtype=dtype)
+        self.generator = load_model(AutoModelForCausalLM, c.generator, dtype=dtype)
         shape = self.generator.config
         if "position_ids" not in signature(self.generator.forward).parameters or getattr(shape, "alibi", False):
             raise ValueError(f"{c.generator} takes no position ids (ALiBi, or a recurrence), which are needed here")
@@ -187,25 +206,27 @@ class ScaleDown(nn.Module):
         hidden = embed.embedding_dim
         self.generator_identity, self.compressor_identity = identity(self.generator), None
         apply_lora(self.generator, c.lora_r, c.lora_alpha, c.lora_dropout)
-        self.tokenizer = AutoTokenizer.from_pretrained(c.generator)
-        self.prompt, self.prompt_no_documents = Prompt(self.tokenizer), Prompt(self.tokenizer, with_documents=False)
+        self.tokenizer = load_tokenizer(c.generator)
+        try:
+            self.template_prompt = self.render_prompt()
+        except ValueError as e:
+            if not kept_prompt:
+                raise ValueError(f"{c.generator}: {e}") from e
+            self.template_prompt = None
+        self.use_prompt(kept_prompt or self.template_prompt)
         sizes = dict(num_memory_tokens=c.num_memory_tokens, enable_reranking=c.enable_reranking,
                      query_dependent=c.query_dependent, query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
         if c.compressor_type == "n_layers":
-            self.compressor = NLayersCompressor(c.generator, c.num_layers, **sizes)
+            self.compressor = NLayersCompressor(c.generator, c.num_layers, norm=c.compressor_norm, **sizes)
         elif c.compressor_type == "modernbert":
             self.compressor = ModernBERTCompressor(c.compressor_model, hidden, c.projection_hidden,
                                                    generator_std=embedding_std(embed), **sizes)
         else:
             raise ValueError(f"compressor_type is n_layers or modernbert, not '{c.compressor_type}'")
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, hidden))  # stands between two documents
-        self.register_buffer("before_ids", torch.tensor(self.prompt.ids(self.prompt.before)), persistent=False)
         self.kept_beginning, self.kept_caches = (None, None), None
         # transformers renamed past_key_values to cache in 5.24
         self.cache_name = "cache" if "cache" in signature(self.generator.forward).parameters else "past_key_values"
-        self.tail_tokens = len(self.prompt.ids(self.prompt.between + self.prompt.after))
-        eos = self.generator.generation_config.eos_token_id
-        self.stop_ids = [self.prompt.end_id] + (eos if isinstance(eos, list) else [] if eos is None else [eos])
         count = lambda module: sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, Conv1D)))
         self.head_weights = self.generator.get_output_embeddings().weight.numel()
         self.frozen_weights = count(self.generator) - self.head_weights
@@ -223,6 +244,42 @@ class ScaleDown(nn.Module):
         if c.compressor_lora_r:  # frozen, too, and so not in a checkpoint
             self.compressor_identity = identity(self.compressor.backbone)
             apply_lora(self.compressor.backbone, c.compressor_lora_r, c.lora_alpha, c.lora_dropout)
+        if self.device.type != "meta":
+            self.probe()
+
+    def probe(self):
+        """Reads the prompt's beginning as in training and as in generation. Raises ValueError in one line for a
+        generator that cannot be read so: before any work, not in its midst."""
+        try:
+            with torch.no_grad(), adapter_off(self.generator):  # with its dropout
+                x = self.generator.get_input_embeddings()(self.before_ids)[None]
+                mask = torch.ones(x.shape[:2], dtype=torch.bool)
+                whole, step = self.logits(x, mask, 1), self.prefill(x[0])[1]
+        except Exception as e:  # each architecture fails in its own way
+            raise ValueError(f"{self.config.generator} cannot be the generator: {first_line(e)}") from e
+        if not torch.allclose(whole[:, -1].float(), step, rtol=0, atol=0.1 * whole.abs().max().item()):
+            raise ValueError(f"{self.config.generator} cannot be the generator: it gives other logits with a key-value "
+                             "cache than without")
+
+    # ---- prompt
+
+    def render_prompt(self):
+        """The prompt by the tokeniser's template, all of it that matters, as a checkpoint keeps it."""
+        prompts = {name: Prompt(self.tokenizer, name == "documents") for name in ("documents", "no_documents")}
+        eos = self.generator.generation_config.eos_token_id
+        stop = [prompts["documents"].end_id] + (eos if isinstance(eos, list) else [] if eos is None else [eos])
+        return {name: prompt.parts() for name, prompt in prompts.items()} | dict(
+            before_ids=prompts["documents"].ids(prompts["documents"].before), stop_ids=stop)
+
+    def use_prompt(self, kept):
+        """kept: what render_prompt() has returned, now or when a checkpoint was made."""
+        self.kept_prompt = kept
+        self.prompt, self.prompt_no_documents = (Prompt(self.tokenizer, kept=kept[name])
+                                                 for name in ("documents", "no_documents"))
+        device = self.sep.device if hasattr(self, "sep") else None
+        self.register_buffer("before_ids", torch.tensor(kept["before_ids"], device=device), persistent=False)
+        self.tail_tokens = len(self.prompt.ids(self.prompt.between + self.prompt.after))
+        self.stop_ids = kept["stop_ids"]
 
     @property
     def device(self):
@@ -251,8 +308,8 @@ class ScaleDown(nn.Module):
         present = torch.arange(k) < torch.tensor([len(docs) for docs in documents])[:, None]  # (B, k)
         batch = dict(compressor=self.compressor.tokenize(queries, documents, k, fixed), present=present)
         queries = self.prompt.cut(queries, self.config.query_tokens)
-        # `between query after [answer]`, behind any letter, as it would stand behind a document's text
-        tails = self.prompt.ids_behind("x", [self.prompt.between + q + self.prompt.after for q in queries])
+        # `between query after [answer]`, after any letter, as it would stand after a document's text
+        tails = [self.tail(q) for q in queries]
         if "answer" in examples[0]:
             answers = self.prompt.answer_ids([x["answer"] for x in examples], self.config.answer_tokens)
             tails = [t + a for t, a in zip(tails, answers)]
@@ -260,11 +317,20 @@ class ScaleDown(nn.Module):
             batch["labels"] = ids.masked_fill(~mask, -100)  # (B, A)
         longest = self.tail_tokens + self.config.query_tokens + self.config.answer_tokens
         batch["tail_ids"], batch["tail_mask"] = left_pad(tails, longest if fixed else 1)  # (B, T)
-        self.check_length(len(self.before_ids) + k * (self.config.num_memory_tokens + 1) - 1
-                          + batch["tail_ids"].shape[1])
+        documents_tokens = present.sum(1) * (self.config.num_memory_tokens + 1) - 1
+        self.check_length((len(self.before_ids) + documents_tokens + batch["tail_mask"].sum(1)).max().item())
         if self.config.enable_reranking and "reranking_scores" in examples[0]:
             batch["scores"] = torch.tensor([(x["reranking_scores"][:k] + [0.0] * k)[:k] for x in examples])  # (B, k)
         return batch
+
+    def tail(self, query):
+        """Token ids of `between query after`, of which the query has at most query_tokens: cut text can have more of
+        them when it is read again."""
+        for n in range(self.config.query_tokens, -1, -1):
+            ids, = self.prompt.ids_behind("x", [self.prompt.between + query + self.prompt.after])
+            if len(ids) <= self.tail_tokens + self.config.query_tokens or not n:
+                return ids
+            query, = self.prompt.cut([query], n - 1) if n > 1 else [""]
 
     def to_device(self, batch):
         return {name: self.to_device(t) if isinstance(t, dict) else t.to(self.device, non_blocking=True)
@@ -296,9 +362,7 @@ class ScaleDown(nn.Module):
         memory, scores = self.compressor(**batch["compressor"])
         x, mask = self.prompt_embeddings(memory, batch)
         # the answer stands at the last A positions; each token is predicted from the position before it
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        logits = self.generator(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False,
-                                logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+        logits = self.logits(x, mask, labels.shape[1] + 1)[:, :-1]
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         loss = loss / ((labels != -100).sum() if num_answer_tokens is None else num_answer_tokens)
         parts = {"generation": loss.detach()}
@@ -308,6 +372,30 @@ class ScaleDown(nn.Module):
             parts["reranking"] = error.detach()
             loss = loss + self.config.rerank_lambda * error
         return loss, parts
+
+    def logits(self, x, mask, n):
+        """The generator's logits (B, n, V) at the last n positions of prompt embeddings x (B, P, d), mask (B, P)."""
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        window = getattr(self.generator.config, "sliding_window", None) or x.shape[1]
+        if window < x.shape[1]:  # transformers would count it in slots, the padding between documents included
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            mask = self.attention_masks(mask[:, None, None] & causal | itself, positions, positions, x.dtype)
+        return self.generator(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False,
+                              logits_to_keep=n).logits
+
+    def attention_masks(self, sees, here, positions, dtype):
+        """What the generator takes for its attention mask: sees (B, 1, L, length), and within an attention window,
+        counted in positions, here (B, L) of those that look and positions (B, length) of those that they look at."""
+        config = self.generator.config
+        window = getattr(config, "sliding_window", None) or positions.shape[1]
+        near = here[:, None, :, None] - positions[:, None, None] < window
+        masks = {"full_attention": sees, "sliding_attention": sees & near}
+        if config._attn_implementation == "eager":  # adds the mask to the attention's logits
+            masks = {kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(dtype).min) for kind, mask in masks.items()}
+        kinds = {*(getattr(config, "layer_types", None) or ["sliding_attention"])}
+        return masks if len(kinds) > 1 else masks[kinds.pop()]
 
     def check_length(self, length):
         limit = getattr(self.generator.config, "max_position_embeddings", None) or length
@@ -384,19 +472,11 @@ class ScaleDown(nn.Module):
     def read(self, x, slots, real, positions, cache):
         """The generator's next step: embeddings x (B, L, d) that stand at slots (L,) of the cache -> logits (B, V) at
         the last of them. real (B, length): no padding; positions (B, length)."""
-        config = self.generator.config
         every = torch.arange(cache.length, device=x.device)
         sees = real[:, None, None] & (every <= slots[:, None]) | (every == slots[:, None])  # (B, 1, L, length)
         here = positions[:, slots]  # (B, L)
-        window = getattr(config, "sliding_window", None) or cache.length
-        near = here[:, None, :, None] - positions[:, None, None] < window
-        masks = {"full_attention": sees, "sliding_attention": sees & near}
-        if config._attn_implementation == "eager":  # adds the mask to the attention's logits
-            masks = {kind: torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(
-                ~mask, torch.finfo(x.dtype).min) for kind, mask in masks.items()}
-        kinds = {*(getattr(config, "layer_types", None) or ["sliding_attention"])}
         cache.slots = slots
-        out = self.generator(inputs_embeds=x, attention_mask=masks if len(kinds) > 1 else masks[kinds.pop()],
+        out = self.generator(inputs_embeds=x, attention_mask=self.attention_masks(sees, here, positions, x.dtype),
                              position_ids=here, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
         return out.logits[:, -1].float()
 
@@ -417,13 +497,17 @@ class ScaleDown(nn.Module):
         generator has changed, or the model been in training mode. (A change in eval mode by a fused optimiser, through
         .data or under FSDP2 would go unseen.)"""
         version = (self.device, self.generator.dtype, torch.is_autocast_enabled(self.device.type),
-                   sum(p._version for p in self.generator.parameters()))
+                   sum(p._version for p in self.generator.parameters()),
+                   [(m.enabled, m.merged, m.scaling) for _, m in layers(self.generator)])
         if self.kept_beginning[0] != version:
-            x = self.generator.get_input_embeddings()(self.before_ids)[None]
-            slots, cache = torch.arange(x.shape[1], device=x.device), KVCache(x.shape[1])
-            self.read(x, slots, torch.ones_like(slots, dtype=torch.bool)[None], slots[None], cache)
-            self.kept_beginning = version, cache.layers
+            self.kept_beginning = version, self.prefill(self.generator.get_input_embeddings()(self.before_ids))[0]
         return self.kept_beginning[1]
+
+    def prefill(self, x):
+        """Embeddings x (L, d) -> the keys and values of every layer, and the logits (1, V) after the last."""
+        slots, cache = torch.arange(len(x), device=x.device), KVCache(len(x))
+        logits = self.read(x[None], slots, torch.ones_like(slots, dtype=torch.bool)[None], slots[None], cache)
+        return cache.layers, logits
 
     @torch.no_grad()
     def decode(self, x, mask, max_new_tokens, temperature, top_k, beginning=None):
@@ -431,7 +515,7 @@ class ScaleDown(nn.Module):
         keys and values of the first positions, which every row has in common. On XLA two graphs are all: the prompt's
         and a token's."""
         B, P = mask.shape
-        self.check_length(P + max_new_tokens)
+        self.check_length(mask.sum(1).max().item() + max_new_tokens)
         if x.device.type == "xla":
             import torch_xla.core.xla_model as xm
         length = -(-(P + max_new_tokens) // 128) * 128  # few different ones: next() is compiled for each
@@ -537,16 +621,17 @@ class ScaleDown(nn.Module):
         save_file(tensors, os.path.join(out_dir, "compressor.safetensors"))
         with open(os.path.join(out_dir, "config.json"), "w") as f:
             json.dump({**asdict(self.config), "generator_identity": self.generator_identity,
-                       "compressor_identity": self.compressor_identity}, f, indent=2)
+                       "compressor_identity": self.compressor_identity, "prompt": self.kept_prompt}, f, indent=2)
 
     def load(self, out_dir):
-        """Loads the weights of a checkpoint into this model; RR stays as it is where the checkpoint has none. Raises
-        ValueError when they are of another backbone, of other sizes or another lora_alpha, OSError when there is no
-        checkpoint."""
+        """Loads the weights of a checkpoint into this model, and the prompt that they were trained with; RR stays as it
+        is where the checkpoint has none. Raises ValueError when they are of another backbone, of other sizes or another
+        lora_alpha, OSError when there is no checkpoint."""
         saved, _ = read_config(out_dir)
         for part in ("generator", "compressor"):
             then, now = saved[f"{part}_identity"], getattr(self, f"{part}_identity")
-            if then and now and then != now:  # a compressor has one where its backbone is frozen
+            # a compressor has one where its backbone is frozen; of older checkpoints only the sizes can be compared
+            if then and now and any(then[key] != now[key] for key in then.keys() & now.keys()):
                 raise ValueError(f"the checkpoint {out_dir} was trained with another {part}: its is {then}, "
                                  f"this is {now}")
         if saved["lora_alpha"] != self.config.lora_alpha:
@@ -560,14 +645,21 @@ class ScaleDown(nn.Module):
             for name, p in own.items():
                 p.copy_(tensors[name])
         load_lora(self.generator, out_dir)
+        if saved["prompt"]:
+            self.use_prompt(saved["prompt"])
+        if saved["prompt"] != self.template_prompt and int(os.environ.get("RANK", 0)) == 0:
+            template = f"the chat template of {self.config.generator}"
+            print(f"{out_dir} was trained with another prompt than {template} writes now: its own is used"
+                  if saved["prompt"] else f"{out_dir} was made before prompts were kept: its prompt is taken from "
+                  f"{template}", file=sys.stderr)
 
     @classmethod
     def from_pretrained(cls, out_dir, device="cpu", dtype=None, **overrides):
         """A trained model, ready to generate. dtype: of all weights, by default bfloat16 on CUDA, else float32.
         overrides: settings to replace, such as generator= where the generator's folder has moved."""
-        _, config = read_config(out_dir, **overrides)
+        saved, config = read_config(out_dir, **overrides)
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
-        model = cls(config, dtype=dtype)
+        model = cls(config, dtype, saved["prompt"])
         model.load(out_dir)
         for p in model.parameters():  # not .to(dtype): it would round the rotary embeddings' frequencies too
             p.data = p.data.to(dtype)
@@ -587,7 +679,9 @@ def read_config(out_dir, **overrides):
     settings = ScaleDownConfig.__dataclass_fields__.keys()
     if isinstance(saved, dict):
         # there has not always been another way
-        saved = {"query_dependent": True, "compressor_lora_r": 0, "compressor_identity": None} | saved
-    if not isinstance(saved, dict) or saved.keys() != settings | {"generator_identity", "compressor_identity"}:
+        saved = {"query_dependent": True, "compressor_lora_r": 0, "compressor_norm": True, "compressor_identity": None,
+                 "prompt": None} | saved
+    others = {"generator_identity", "compressor_identity", "prompt"}
+    if not isinstance(saved, dict) or saved.keys() != settings | others:
         raise ValueError(f"{path} is not the config.json of a ScaleDown checkpoint")
     return saved, ScaleDownConfig(**{**{name: saved[name] for name in settings}, **overrides})

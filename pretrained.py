@@ -4,7 +4,6 @@ cannot work here, and given text from outside (documents, queries, answers) that
 """
 
 import re
-from functools import lru_cache
 
 from transformers import AutoConfig, AutoTokenizer
 
@@ -47,7 +46,27 @@ def load_tokenizer(name):
     is kept. Raises ValueError for one without offsets (no tokenizer.json, and none can be made)."""
     tokenizer = pretrained(AutoTokenizer.from_pretrained, name)
     if not tokenizer.is_fast:
-        raise ValueError(f"{name} has a slow tokeniser ({type(tokenizer).__name__}): one with a tokenizer.json is needed, "
-                         "which tells where in a text its tokens stand")
+        raise ValueError(f"{name} has a slow tokeniser ({type(tokenizer).__name__}): one with a tokenizer.json is "
+                         "needed, which tells where in a text its tokens stand")
     tokenizer.truncation_side = tokenizer.padding_side = "right"
     return tokenizer
+
+
+def plain_text(tokenizer):
+    """Makes a function text -> the same text, in which nothing is a control token of the tokeniser's (end of turn,
+    [SEP], ..) any more: a space stands after the first character of what would be one. Control tokens: those marked as
+    special, and those that the chat template writes, marked or not."""
+    added, template = tokenizer.added_tokens_decoder.values(), str(tokenizer.chat_template or "")
+    control = {t.content for t in added if t.special or t.content in template and not t.content.isalnum()}
+    control = {t for t in control | set(tokenizer.all_special_tokens) if len(t.strip()) > 1}
+    if not control:
+        return lambda text: text
+    # whatever the case: a tokeniser may look for them after it has lowered it
+    pattern = re.compile("|".join(re.escape(t) for t in sorted(control, key=len, reverse=True)), re.IGNORECASE)
+
+    def plain(text):
+        while pattern.search(text):
+            text = pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+        return text
+
+    return plain

@@ -87,7 +87,7 @@ def test_refuses_what_is_not_plain_lora(tiny, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load(tiny("llama"))
     lora.apply_lora(ours, r=4)
-    with pytest.raises(ValueError, match="use_rslora=True, which is not supported"):
+    with pytest.raises(ValueError, match="use_rslora=True, which is not plain LoRA"):
         lora.load_lora(ours, tmp_path)
 
 
