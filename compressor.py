@@ -74,14 +74,16 @@ def attend(module, q, k, v, mask, eager, scaling, dropout, **kwargs):
     return y.unflatten(2, (shared, L)).flatten(1, 2).transpose(1, 2)
 
 
-def packed_attention(module, q, k, v, mask, eager, scaling=None, dropout=0.0, **kwargs):
-    """What transformers calls in every layer. q (B, H, T, c), k and v (B, G, T, c), mask (B * k, 1, S, Q + S), which
-    says what a block sees of the query and of itself -> (B, T, H, c). The query attends to itself, and the blocks, as
-    rows, to the query and themselves: Q^2 + k * S * (Q + S) products where a mask over the whole would take T^2."""
+def packed_attention(module, q, k, v, attention_mask, eager, scaling=None, dropout=0.0, **kwargs):
+    """What transformers calls in every layer. q (B, H, T, c), k and v (B, G, T, c), attention_mask (B * k, 1, S,
+    Q + S), which says what a block sees of the query and of itself -> (B, T, H, c). The query attends to itself, and
+    the blocks, as rows, to the query and themselves: Q^2 + k * S * (Q + S) products where a mask over the whole would
+    take T^2."""
+    mask = attention_mask
     S, Q = mask.shape[2], mask.shape[3] - mask.shape[2]
     attention = partial(attend, module, eager=eager, scaling=scaling, dropout=dropout, **kwargs)
     if len(q) == len(mask) and q.shape[2] == S:  # the last layer's, rows already
-        return attention(q, k, v, mask), None
+        return attention(q, k, v, mask).contiguous(), None
     B, documents = len(q), len(mask) // len(q)
     causal = torch.ones(Q, Q, dtype=torch.bool, device=q.device).tril()
     itself = torch.eye(Q, dtype=torch.bool, device=q.device)

@@ -52,6 +52,11 @@ class LoRALinear(nn.Module):
         # on XLA an addmm that scales runs on the CPU.)
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.lora_B.to(h.dtype).T).view_as(y)
 
+    @property
+    def weight(self):
+        """The frozen weight, where a model looks at its layer's (HunYuan-MoE's router asks for the dtype)."""
+        return self.base.weight
+
     def delta(self):
         """The update as a matrix in the base weight's layout."""
         d = self.scaling * (self.lora_B @ self.lora_A)
@@ -65,11 +70,13 @@ def layers(model):
 
 def apply_lora(model, r=16, alpha=32, dropout=0.1):
     """Freezes `model` and replaces, in place, every linear layer of its blocks by a LoRALinear ("all-linear": every
-    nn.Linear and Conv1D but the output head; embeddings are no linear layers)."""
+    nn.Linear and Conv1D but the output head; embeddings are no linear layers, nor is what inherits from nn.Linear and
+    computes something else, such as PhiMoE's router)."""
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+        plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        if isinstance(module, (nn.Linear, Conv1D)) and plain and module is not head:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRALinear(module, r, alpha, dropout))
 

@@ -9,7 +9,6 @@ B queries, k documents each, l memory tokens a document, d the generator's hidde
 
 import json
 import os
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, layer_list, left_pad, other_layers
 from data import document_text
 from lora import adapter_off, apply_lora, layers, load_lora, load_tensors, save_lora
-from pretrained import first_line, load_model, load_tokenizer, plain_text
+from pretrained import first_line, load_model, load_tokenizer, note, plain_text
 
 SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
 SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
@@ -206,6 +205,11 @@ class ScaleDown(nn.Module):
         hidden = embed.embedding_dim
         self.generator_identity, self.compressor_identity = identity(self.generator), None
         apply_lora(self.generator, c.lora_r, c.lora_alpha, c.lora_dropout)
+        if experts := sum(p.numel() for p in self.generator.parameters() if p.dim() == 3):
+            adapted = {name.rpartition(".")[2] for name, _ in layers(self.generator)}
+            note(f"{c.generator}: {experts:,} weights of experts, fused to one tensor a layer, get no LoRA"
+                 + ("; PEFT cannot load this adapter: it takes the names of shared and dense layers for those of the "
+                    "experts" if adapted & {"gate_proj", "up_proj", "down_proj"} else ""))
         self.tokenizer = load_tokenizer(c.generator)
         try:
             self.template_prompt = self.render_prompt()
@@ -251,7 +255,7 @@ class ScaleDown(nn.Module):
         """Reads the prompt's beginning as in training and as in generation. Raises ValueError in one line for a
         generator that cannot be read so: before any work, not in its midst."""
         try:
-            with torch.no_grad(), adapter_off(self.generator):  # with its dropout
+            with torch.no_grad():
                 x = self.generator.get_input_embeddings()(self.before_ids)[None]
                 mask = torch.ones(x.shape[:2], dtype=torch.bool)
                 whole, step = self.logits(x, mask, 1), self.prefill(x[0])[1]
@@ -647,11 +651,11 @@ class ScaleDown(nn.Module):
         load_lora(self.generator, out_dir)
         if saved["prompt"]:
             self.use_prompt(saved["prompt"])
-        if saved["prompt"] != self.template_prompt and int(os.environ.get("RANK", 0)) == 0:
+        if saved["prompt"] != self.template_prompt:
             template = f"the chat template of {self.config.generator}"
-            print(f"{out_dir} was trained with another prompt than {template} writes now: its own is used"
-                  if saved["prompt"] else f"{out_dir} was made before prompts were kept: its prompt is taken from "
-                  f"{template}", file=sys.stderr)
+            note(f"{out_dir} was trained with another prompt than {template} writes now: its own is used"
+                 if saved["prompt"] else f"{out_dir} was made before prompts were kept: its prompt is taken from "
+                 f"{template}")
 
     @classmethod
     def from_pretrained(cls, out_dir, device="cpu", dtype=None, **overrides):

@@ -3,9 +3,17 @@ Pretrained models and tokenisers of other people: loaded without running code of
 cannot work here, and given text from outside (documents, queries, answers) that stays text.
 """
 
+import os
 import re
+import sys
 
 from transformers import AutoConfig, AutoTokenizer
+
+
+def note(line):
+    """One line to the user, next to what a script prints; under torchrun from the first process alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, file=sys.stderr)
 
 
 def first_line(error):

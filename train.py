@@ -78,6 +78,7 @@ lora_r = 16
 lora_alpha = 32
 lora_dropout = 0.1
 compressor_lora_r = 0  # LoRA on the compressor instead of training all of it
+compressor_norm = True
 gradient_checkpointing = False
 # optimisation
 batch_size = 16  # examples a forward pass

@@ -167,3 +167,34 @@ def test_keeps_no_more_for_the_backward_pass_than_peft():
         x = torch.randn(100, 256, requires_grad=True).to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             assert kept(ours, x) <= kept(theirs, x)
+
+
+@pytest.mark.parametrize("kwargs", [dict(init_lora_weights="olora"), dict(init_lora_weights="pissa_niter_2"), dict(use_dora=True),
+                                    dict(alora_invocation_tokens=[1, 2]), dict(lora_bias=True), dict(bias="all"),
+                                    dict(rank_pattern={"q_proj": 2}), dict(modules_to_save=["embed_tokens"]),
+                                    dict(layer_replication=[[0, 4], [2, 4]]), dict(trainable_token_indices=[3])])
+def test_every_adapter_of_pefts_that_is_more_than_lora_is_refused_by_name(tiny, tmp_path, kwargs):
+    theirs = peft.get_peft_model(load(tiny("llama")), peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **kwargs))
+    theirs.save_pretrained(tmp_path)
+    ours = load(tiny("llama"))
+    lora.apply_lora(ours, r=4)
+    with pytest.raises(ValueError, match=f"{[*kwargs][0]}=.*not plain LoRA"):
+        lora.load_lora(ours, tmp_path)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(init_lora_weights="gaussian"), dict(init_lora_weights="orthogonal"), dict(exclude_modules=["lm_head"]),
+                                    dict(init_lora_weights=False), dict(task_type=None), dict(revision="main")])
+def test_plain_adapters_of_pefts_load(tiny, tmp_path, kwargs):
+    theirs = peft.get_peft_model(load(tiny("llama")), peft.LoraConfig(
+        **dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM") | kwargs)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = load(tiny("llama"))
+    lora.apply_lora(ours, r=4)
+    lora.load_lora(ours, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 30, 40]])
+    torch.testing.assert_close(ours.eval()(ids).logits, theirs(ids).logits)

@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+import transformers as tf
+from conftest import CHATML, DECODER, EXAMPLES, save_tokenizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
@@ -99,6 +101,54 @@ def test_loss_is_transformers_own(tiny, name, compressor, examples):
     loss, parts = model(model.collate(examples, num_documents=4))
     torch.testing.assert_close(loss, total / tokens, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(parts["generation"], loss)
+
+
+ENDS = dict(bos_token_id=3, eos_token_id=4, pad_token_id=0)
+WINDOWS = dict(
+    mistral=lambda **k: tf.MistralConfig(**k, sliding_window=8),
+    gemma2=lambda **k: tf.Gemma2Config(**k, head_dim=8, sliding_window=8),
+    gemma3=lambda **k: tf.Gemma3TextConfig(**k, head_dim=8, sliding_window=8, sliding_window_pattern=2),
+    qwen2=lambda **k: tf.Qwen2Config(**k, use_sliding_window=True, sliding_window=8, max_window_layers=2),
+    olmo3=lambda **k: tf.Olmo3Config(**k, sliding_window=8),
+    cohere2=lambda **k: tf.Cohere2Config(**k, sliding_window=8),
+    gpt_oss=lambda **k: tf.GptOssConfig(**k, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    modernbert_decoder=lambda **k: tf.ModernBertDecoderConfig(**k, local_attention=8, global_attn_every_n_layers=2))
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_attention_windows_shorter_than_the_prompt_count_positions(tmp_path, name):
+    """The loss and its gradient of a batch with missing documents are those of one example at a time, without padding."""
+    V = max(300, save_tokenizer(tmp_path, CHATML))
+    torch.manual_seed(0)
+    generator = AutoModelForCausalLM.from_config(WINDOWS[name](vocab_size=V, **DECODER, **ENDS))
+    with torch.no_grad():
+        for p in generator.parameters():
+            if p.dim() >= 2:
+                p.mul_(5)
+    generator.save_pretrained(tmp_path)
+    model = build(lambda folder: folder, str(tmp_path))
+    total = 0
+    n = sum(len(a) for a in model.prompt.answer_ids([x["answer"] for x in EXAMPLES], 12))
+    for x in EXAMPLES:
+        batch = model.collate([x])
+        embeds, mask = model.prompt_embeddings(model.compressor(**batch["compressor"])[0], batch)
+        assert mask.all() and mask.shape[1] > 8
+        labels = torch.full(embeds.shape[:2], -100)
+        labels[:, -batch["labels"].shape[1]:] = batch["labels"]
+        total += model.generator(inputs_embeds=embeds, labels=labels).loss * batch["labels"].shape[1] / n
+    gradient, = torch.autograd.grad(total, model.sep)
+    loss, _ = model(model.collate(EXAMPLES, num_documents=4))
+    torch.testing.assert_close(loss, total, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.sep)[0], gradient, atol=1e-4, rtol=1e-3)
+    # as transformers writes them, one at a time; the answers of a batch are theirs
+    questions = [x["query"] for x in EXAMPLES], [x["documents"] for x in EXAMPLES]
+    answers = []
+    for query, documents in zip(*questions):
+        embeds, mask = model.embed_prompts([query], [documents])
+        ids = model.generator.generate(inputs_embeds=embeds, attention_mask=mask.long(), max_new_tokens=6, do_sample=False,
+                                       eos_token_id=model.stop_ids, pad_token_id=0)
+        answers.append(model.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+    assert model.generate(*questions, max_new_tokens=6) == answers
 
 
 def test_reranking_loss(tiny, examples):
@@ -439,3 +489,62 @@ def test_lora_on_the_compressor(tiny, examples, tmp_path, compressor_type):
     weights = {name.replace(".base.", "."): t for name, t in weights.items() if "lora_" not in name}
     plain.compressor.load_state_dict(weights)
     torch.testing.assert_close(plain.eval().compressor(**batch)[0], want, atol=1e-5, rtol=1e-4)
+
+
+def test_the_kept_beginning_of_the_prompt_follows_the_adapter(tiny, examples):
+    model = build(tiny)
+    with torch.no_grad():
+        for _, m in lora.layers(model.generator):
+            m.lora_B.mul_(5)
+
+    def keys():
+        return torch.cat([k.flatten() for k, _ in model.beginning().values()])
+
+    def alone():  # by the generator itself
+        cache = model.generator(input_ids=model.before_ids[None], use_cache=True).past_key_values
+        return torch.cat([layer.keys.flatten() for layer in cache.layers])
+
+    with torch.no_grad():
+        first = keys()
+        with lora.adapter_off(model.generator):
+            off = alone()
+            torch.testing.assert_close(keys(), off)
+        torch.testing.assert_close(keys(), first)
+        for _, m in lora.layers(model.generator):
+            m.scaling *= 2
+        torch.testing.assert_close(keys(), alone())
+        assert not torch.allclose(first, off, atol=1e-2) and not torch.allclose(first, keys(), atol=1e-2)
+
+
+def test_padding_counts_for_no_position(tiny):
+    """Missing documents take none of the generator's 512 positions; with all of them there it is too long."""
+    model = build(tiny, num_memory_tokens=3)
+    x = dict(query="who keeps it?", documents=["stone"], answer="Mara")
+    model.collate([x], num_documents=200)
+    with pytest.raises(ValueError, match="longer than the generator's 512 positions"):
+        model.collate([{**x, "documents": ["stone"] * 200}], num_documents=200)
+    assert model.generate([x["query"]], [x["documents"]], num_documents=120) == model.generate([x["query"]], [x["documents"]])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_fixed_shapes_are_fixed_where_a_cut_falls_inside_a_character(tiny, name):
+    model = build(tiny, name, query_tokens=6, doc_tokens=10)
+    shapes = set()
+    for n in range(9):
+        x = dict(query="the" + " mayor" * (n % 3) + "x" * n + "👩‍👩‍👧語é" * 3, documents=["é" * n + "🙂👩‍👩‍👧語" * 9], answer="🙂" * 20)
+        batch = model.collate([x], 2, fixed=True)
+        shapes.add((batch["tail_ids"].shape, batch["labels"].shape, *(t.shape for t in batch["compressor"].values())))
+        q, = model.prompt.cut([x["query"]], 6)
+        assert len(model.prompt.ids(q)) <= 6 and x["query"].startswith(q)
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_the_compressors_final_norm_is_a_setting(tiny, name, examples):
+    model, bare = (build(tiny, name, compressor_norm=norm).compressor for norm in (True, False))
+    batch = model.tokenize(["who is it?"], [["Mara keeps a red hound."]], 1)
+    norm = getattr(model.backbone, "norm", None) or model.backbone.ln_f
+    with torch.no_grad():
+        with_norm, without = model(**batch)[0], bare(**batch)[0]
+        torch.testing.assert_close(norm(without), with_norm)
+    assert not torch.allclose(with_norm, without, atol=0.1)
