@@ -126,7 +126,7 @@ def shape_folder(root, name):
 
 def random_weights(device):
     """Within it transformers makes models from config.json alone, with random weights, on the device."""
-    def made(cls, name, config=None, dtype=torch.float32):
+    def made(cls, name, config=None, dtype=torch.float32, **_):
         return cls.from_config(config or AutoConfig.from_pretrained(name), dtype=dtype)
     stack = ExitStack()
     stack.enter_context(torch.device(device))
