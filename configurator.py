@@ -40,18 +40,33 @@ def configure(settings, argv=None):
             value = float(value)
         if type(value) is not wanted:
             fail(f"{where}: {name} takes a value of type {wanted.__name__}, not {value!r}")
-        settings[name] = value
+        settings[name] = os.path.expanduser(value) if wanted is str else value  # no shell does it after a "="
 
     for arg in sys.argv[1:] if argv is None else argv:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            fail(f"{ascii(arg)} is not UTF-8")
         if not arg.startswith("-"):
-            if not os.path.isfile(arg):
+            path = os.path.expanduser(arg)
+            if not os.path.isfile(path):  # started from another folder: the script's own configs are meant
+                path = os.path.join(os.path.dirname(settings.get("__file__", "")), path)
+            if not os.path.isfile(path):
                 fail(f"config file {arg} does not exist (a setting is written --name=value)")
-            scope = {}
+            scope = {"__file__": path, "__name__": "config"}
+            sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # a config may import its neighbour
             try:
-                with open(arg, encoding="utf-8") as f:
-                    exec(compile(f.read(), arg, "exec"), scope)
+                with open(path, encoding="utf-8-sig") as f:
+                    tree = ast.parse(f.read(), path)
+                for node in tree.body:
+                    if isinstance(node, ast.AnnAssign) and node.value is None:
+                        fail(f"config file {arg}, line {node.lineno}: '{ast.unparse(node)}' sets nothing: a setting is "
+                             "written name = value")
+                exec(compile(tree, path, "exec"), scope)
             except Exception as e:
-                fail(f"config file {arg}: {type(e).__name__}: {e}")
+                fail(f"config file {arg}: {type(e).__name__}: {' '.join(str(e).split())}")
+            finally:
+                sys.path.pop(0)
             for name, value in scope.items():
                 if not name.startswith("_") and not isinstance(value, ModuleType) and not callable(value):
                     override(name, value, arg)
@@ -67,6 +82,11 @@ def configure(settings, argv=None):
                     pass  # stays a string, which override() refuses with the type it wanted
             override(name, value, arg)
     return {name: settings[name] for name in names}
+
+
+def under_torchrun():
+    """Whether torchrun has started this process. Other launchers leave some of its variables behind, too."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def at_least(settings, **least):

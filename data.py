@@ -315,6 +315,11 @@ def read_qrels(path):
     return qrels
 
 
+def trec_order(ids, scores):
+    """Indices of documents, best first, as trec_eval ranks them: by score in float32, equals by id, descending."""
+    return sorted(range(len(ids)), key=lambda i: (np.float32(scores[i]), ids[i]), reverse=True)
+
+
 def ndcg(ranking, relevance, k=10):
     """nDCG@k of one query, as trec_eval's ndcg_cut: ids of documents, best first, and {id: relevance}, of which the
     ideal ranking is made, too."""

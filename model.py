@@ -15,6 +15,7 @@ from functools import partial
 from hashlib import sha256
 from inspect import signature
 from itertools import chain
+from pathlib import Path
 from zlib import crc32
 
 import torch
@@ -662,6 +663,11 @@ class ScaleDown(nn.Module):
         """A trained model, ready to generate. dtype: of all weights, by default bfloat16 on CUDA, else float32.
         overrides: settings to replace, such as generator= where the generator's folder has moved."""
         saved, config = read_config(out_dir, **overrides)
+        for name in ("generator", "compressor_model"):  # a folder's path counts from where the training was started
+            path = getattr(config, name)
+            above = (folder / path for folder in Path(out_dir).resolve().parents if (folder / path).is_dir())
+            if not os.path.isdir(path):
+                setattr(config, name, str(next(above, path)))
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
         model = cls(config, dtype, saved["prompt"])
         model.load(out_dir)

@@ -25,13 +25,26 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from compressor import left_pad
 from configurator import at_least, configure, fail, torch_device
-from data import Documents, Examples, Store, document_text, file_sha256, interval, ndcg, read_qrels, references, score
+from data import (
+    Documents,
+    Examples,
+    Store,
+    document_text,
+    file_sha256,
+    interval,
+    ndcg,
+    read_qrels,
+    references,
+    score,
+    trec_order,
+)
 from lora import merge_and_unload
 from model import ScaleDown, render, with_system
+from pretrained import first_line, load_model, load_tokenizer
 
 # -----------------------------------------------------------------------------
 out_dir = "out/toy/best"  # a checkpoint
@@ -107,8 +120,8 @@ try:
     relevance = read_qrels(qrels) if qrels else {}
     model = ScaleDown.from_pretrained(out_dir, device, getattr(torch, dtype), **moved)
     if judge:
-        judge_tokenizer = AutoTokenizer.from_pretrained(judge)
-        judge_model = AutoModelForCausalLM.from_pretrained(judge, dtype=getattr(torch, dtype)).to(device).eval()
+        judge_tokenizer = load_tokenizer(judge)
+        judge_model = load_model(AutoModelForCausalLM, judge, dtype=getattr(torch, dtype)).to(device).eval()
     if store and model.config.query_dependent:
         fail(f"{out_dir} was trained with query_dependent=True: it reads documents together with the query, so that "
              "there is nothing to store")
@@ -118,7 +131,7 @@ try:
     memory_store = Store(store, **made_of) if store and not compress else None
 except (ValueError, OSError) as e:
     missing_toy = isinstance(e, FileNotFoundError) and str(e).startswith(("out/toy/", "data/toy/"))
-    fail(str(e).splitlines()[0] + (": python train.py config/toy.py makes the toy" if missing_toy else ""))
+    fail(first_line(e) + (": python train.py config/toy.py makes the toy" if missing_toy else ""))
 if keep and not model.config.enable_reranking:
     fail(f"{out_dir} was trained without enable_reranking: it has no relevance to keep documents by")
 if compile:
@@ -155,8 +168,8 @@ def reads(part, mode):
     if mode == "reranked":
         memory, relevance = model.compress(queries, documents)  # (B, k, l, d), (B, k)
         for x, row in zip(part, relevance.tolist()):
-            x["ranking"] = sorted(range(len(x["documents"])), key=lambda i: -row[i])
-        best = [x["ranking"][:keep] for x in part]
+            x["relevance"] = row[:len(x["documents"])]
+        best = [sorted(range(len(x["documents"])), key=lambda i: -x["relevance"][i])[:keep] for x in part]
         documents = [[docs[i] for i in row] for docs, row in zip(documents, best)]
         k = max(map(len, best))
         memory = torch.stack([m[row + [0] * (k - len(row))] for m, row in zip(memory, best)])  # (B, keep, l, d)
@@ -205,9 +218,9 @@ def ranking_scores(examples):
             continue
         # prepare.py calls the chunks of a document ID#0, ID#1, ..: where the qrels know ID alone, its best chunk counts
         ids = [id if id in known else id.rpartition("#")[0] or id for id in (d["_id"] for d in x["documents"])]
-        orders = dict(given=range(len(ids)), reranked=x.get("ranking"))
+        orders = dict(given=range(len(ids)), reranked=x.get("relevance") and trec_order(ids, x["relevance"]))
         if x.get("reranking_scores"):
-            orders["teacher"] = sorted(range(len(ids)), key=lambda i: -x["reranking_scores"][i])
+            orders["teacher"] = trec_order(ids, x["reranking_scores"])
         for name, order in orders.items():
             if order is not None:
                 ranking = [*dict.fromkeys(ids[i] for i in order)]

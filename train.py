@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,11 +37,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer
 
-from configurator import at_least, configure, fail, torch_device
+from configurator import at_least, configure, fail, torch_device, under_torchrun
 from data import Chunks, Examples, file_sha256, mean_scores
 from model import ScaleDown, ScaleDownConfig, read_config
+from pretrained import first_line, load_tokenizer
 
 # -----------------------------------------------------------------------------
 # the paper's values (Table 7), for its N-layers compressor
@@ -78,7 +79,7 @@ lora_r = 16
 lora_alpha = 32
 lora_dropout = 0.1
 compressor_lora_r = 0  # LoRA on the compressor instead of training all of it
-compressor_norm = True
+compressor_norm = True  # n_layers: the final norm after the first N layers; the authors' released class drops it
 gradient_checkpointing = False
 # optimisation
 batch_size = 16  # examples a forward pass
@@ -141,7 +142,7 @@ dtype = dtype or ("bfloat16" if kind in ("cuda", "neuron") or device == "trainiu
 if dtype not in ("float32", "bfloat16"):
     fail(f"dtype is float32 or bfloat16, not '{dtype}'")
 rank, world, ddp = 0, 1, False
-if "RANK" in os.environ:  # torchrun
+if under_torchrun():
     backend = {"cuda": "nccl", "neuron": "neuron", "xla": "xla"}.get(kind, "gloo")
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -166,7 +167,7 @@ if xla:
     device = xm.xla_device()
     # transformers would ask every mask whether it hides anything at all, which fetches it from the device
     transformers.masking_utils.is_tracing = lambda *_: True
-if fsdp and (xla or "RANK" not in os.environ):
+if fsdp and (xla or not under_torchrun()):
     fail("fsdp=True takes several processes (torchrun), and a device other than trainium or xla")
 if gradient_accumulation_steps % world:
     fail(f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide among {world} processes: make it "
@@ -195,18 +196,26 @@ def host_sum(numbers):
 
 
 # data
+here = os.path.dirname(os.path.abspath(__file__))
 alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 if train_data.startswith("data/toy/") and not os.path.exists(train_data) and rank == 0:
-    subprocess.run([sys.executable, "prepare.py", "--dataset=toy"], check=True, env=alone)
+    subprocess.run([sys.executable, f"{here}/prepare.py", "--dataset=toy"], check=True, env=alone)
 host_sum(0)  # wait for it
 try:
     if task == "pretrain":
-        tokenizer = AutoTokenizer.from_pretrained(generator)
+        tokenizer = load_tokenizer(generator)
         train_set, val_set = (Chunks(path, tokenizer, doc_tokens) for path in (train_data, val_data))
     else:
         train_set, val_set = (Examples(path, need_scores=enable_reranking) for path in (train_data, val_data))
 except (ValueError, OSError) as e:
-    fail(e)
+    made = re.search(r"(?:^|/)data/([^/]+)/(?:train|val)\.jsonl does not exist$", str(e))
+    fail(f"{e}: python prepare.py --dataset={made[1]} --corpus=FILE --queries=FILE makes it" if made else e)
+if enable_reranking:
+    squares = [sum(s * s for s in x["reranking_scores"][:num_documents])
+               for x in map(train_set.__getitem__, range(min(1000, len(train_set))))]
+    if rerank_lambda * sum(squares) / len(squares) > 20:  # answers begin at a loss of 2 to 6
+        say(f"reranking_scores are large: they begin with a loss of {rerank_lambda * sum(squares) / len(squares):,.0f}, "
+            "next to which the answers' is lost: take a cross-encoder's scores, or a smaller rerank_lambda")
 examples_per_step = batch_size * gradient_accumulation_steps
 steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
 length = lambda x: len(x["query"] + x["answer"])  # what tells examples apart; documents are mostly cut to doc_tokens
@@ -296,15 +305,18 @@ may_differ = {*"""out_dir init_from eval_only eval_interval eval_examples eval_s
     wandb_log wandb_project wandb_run_name train_data val_data generator compressor_model gradient_checkpointing
     batch_size gradient_accumulation_steps epochs max_iters skip_nonfinite device dtype compile fsdp
     peak_tflops""".split()}
-may_differ |= {"num_layers"} if compressor_type == "modernbert" else {"projection_hidden"}
+may_differ |= {"sha256 of val_data"}
+may_differ |= {"num_layers", "compressor_norm"} if compressor_type == "modernbert" else {"projection_hidden"}
 may_differ |= set() if enable_reranking else {"rerank_lambda"}
 run = {**config, "batch_size * gradient_accumulation_steps": examples_per_step,
-       "sha256 of train_data": file_sha256(train_data)}
+       "sha256 of train_data": file_sha256(train_data), "sha256 of val_data": file_sha256(val_data)}
 
 
 def compare_settings(saved):
     """Says which settings are not those of the checkpoint, and fails for those that decide what is trained."""
-    saved = dict(task="answer", query_dependent=True, compressor_lora_r=0) | saved  # there has not always been a choice
+    # there has not always been a choice
+    saved = dict(task="answer", query_dependent=True, compressor_lora_r=0, compressor_norm=True,
+                 **{"sha256 of val_data": run["sha256 of val_data"]}) | saved
     differs = {name: f"{name}={saved.get(name)} (now {value})" for name, value in run.items()
                if value != saved.get(name)}
     wrong = [text for name, text in differs.items() if name not in may_differ]
@@ -340,7 +352,7 @@ try:
     elif init_from != "scratch":
         model.load(last if init_from == "resume" else init_from)
 except (ValueError, OSError) as e:
-    fail(str(e).splitlines()[0])
+    fail(first_line(e))
 if fsdp:
     model.shard(dist.device_mesh.init_device_mesh(kind, (world,)))
 else:
@@ -365,6 +377,9 @@ if init_from == "resume" and not eval_only:
             model.load(last)
     step, evaluated, skipped, window = (state[name] for name in ("step", "evaluated", "skipped", "window"))
     best_val_loss, is_best = state["best_val_loss"], state["is_best"]
+    if state["run"].get("sha256 of val_data", run["sha256 of val_data"]) != run["sha256 of val_data"]:
+        say("val_data is another: best/ is what is best on it from here on")
+        best_val_loss = float("inf")
     del state
     say(f"resuming {out_dir} at step {step:,}"
         + (f": it has done its {steps:,} steps, more epochs or max_iters go on" if step >= steps else ""))
@@ -504,14 +519,16 @@ def flush(folder):
     with open(f"{folder}/SHA256SUMS", "w") as f:
         f.write(sums)
     for name in os.listdir(folder):
-        os.chmod(f"{folder}/{name}", 0o644)  # safetensors makes files that only their owner can read
+        with suppress(OSError):  # some file systems know no permissions
+            os.chmod(f"{folder}/{name}", 0o644)  # safetensors makes files that only their owner can read
         to_disk(f"{folder}/{name}")
     to_disk(folder)
 
 
 def to_disk(path):
     fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
+    with suppress(OSError) if os.path.isdir(path) else nullcontext():  # some file systems flush no folder
+        os.fsync(fd)
     os.close(fd)
 
 
@@ -578,6 +595,8 @@ if rank == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # such as one that outlived a torchrun that was killed
             fail(f"another train.py is at work in {out_dir}")
+        except OSError as e:
+            say(f"{out_dir} cannot be locked ({e.strerror}): see to it that no other train.py works in it")
         if is_best:
             copy_to_best()  # it may have been killed when it was about to
         shutil.rmtree(f"{last}.tmp", ignore_errors=True)
@@ -699,7 +718,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sample_at_end and not stopping and rank == 0:
     args = dict(out_dir=best, val_data=val_data, candidates=num_documents, device="cpu" if xla else device,
                 dtype=dtype)
-    subprocess.run([sys.executable, "sample.py", *(f"--{name}={value}" for name, value in args.items())], check=True,
+    subprocess.run([sys.executable, f"{here}/sample.py", *(f"--{name}={value}" for name, value in args.items())], check=True,
                    env=alone)
 if world > 1:
     dist.destroy_process_group()
