@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AutoModel, logging
 
-from pretrained import first_line, load_config, load_model, load_tokenizer, plain_text
+from pretrained import first_line, first_position, load_config, load_model, load_tokenizer, plain_text
 
 
 def left_pad(rows, width=1):
@@ -179,9 +179,7 @@ class Compressor(nn.Module):
         self.query_dependent = query_dependent
         self.longest_query = max(1, len(self.start + self.between * query_dependent) + query_tokens * query_dependent)
         self.longest = self.longest_query + doc_tokens + len(self.end) + num_memory_tokens + enable_reranking
-        # RoBERTa and its kin count positions from padding_idx + 1
-        table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-        self.first_position = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
+        self.first_position = first_position(backbone)
         config = backbone.config
         limit = (getattr(config, "max_position_embeddings", None) or self.longest) - self.first_position
         if self.longest > limit:

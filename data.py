@@ -13,6 +13,7 @@ import os
 import random
 import re
 import string
+import sys
 from array import array
 from collections import Counter
 from functools import partial
@@ -33,10 +34,24 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
+def read_lines(file):
+    """The lines of a binary file, with their ends: LF, CR LF or, where its beginning has no LF, CR alone."""
+    head = file.peek(1 << 16)
+    if b"\n" in head or b"\r" not in head:
+        yield from file
+        return
+    rest = b""
+    while block := file.read(1 << 20):
+        *whole, rest = (rest + block).split(b"\r")
+        yield from (line + b"\r" for line in whole)
+    if rest:
+        yield rest
+
+
 def is_document(d):
-    """A string, or an object with a text and perhaps a title."""
+    """A string, or an object with a text and perhaps a title; either may be empty or null."""
     if isinstance(d, dict):
-        return isinstance(d.get("text"), str) and isinstance(d.get("title", ""), str)
+        return "text" in d and all(isinstance(d.get(name) or "", str) for name in ("text", "title"))
     return isinstance(d, str)
 
 
@@ -44,7 +59,7 @@ def document_text(document):
     """A document as the models read it: a string, or the title on a line of its own before the text."""
     if isinstance(document, str):
         return document.strip()
-    return f"{document.get('title', '')}\n{document['text']}".strip()
+    return f"{document.get('title') or ''}\n{document['text'] or ''}".strip()
 
 
 def check_example(x, need_answer, need_scores):
@@ -60,7 +75,7 @@ def check_example(x, need_answer, need_scores):
         return "a document is neither a string nor an object with 'title' and 'text'"
     if not isinstance(x.get("answer"), str) and (need_answer or "answer" in x):
         return "'answer' is missing or no string"
-    golds = x.get("answers", [])
+    golds = x.get("answers") or []
     if not isinstance(golds, list) or not all(isinstance(g, str) for g in golds):
         return "'answers' is not a list of strings"
     scores = x.get("reranking_scores")
@@ -84,7 +99,7 @@ class Examples:
     def __init__(self, path, need_answer=True, need_scores=False):
         self.read(path, partial(check_example, need_answer=need_answer, need_scores=need_scores))
 
-    kind, parse = "examples", staticmethod(json.loads)
+    kind, parse, is_empty = "examples", staticmethod(json.loads), staticmethod(lambda x: False)
 
     def read(self, path, check):
         """check: says what is wrong with a parsed example, None when it is good."""
@@ -95,12 +110,16 @@ class Examples:
         if os.path.getsize(path) == 0:
             raise ValueError(f"{path} holds no {self.kind}")
         self.file = open(path, "rb")
-        for start, end, text in self.list_items() if path.endswith(".json") else self.lines():
+        self.empty = 0
+        for start, end, text in self.list_items() if self.is_list() else self.lines():
             try:
                 x = self.parse(text)
                 if b"\\ud" in text.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
                     json.dumps(x, ensure_ascii=False).encode()
                 wrong = check(x)
+                if not wrong and self.is_empty(x):
+                    self.empty += 1
+                    continue
             except ValueError as e:
                 wrong = f"{'no UTF-8' if isinstance(e, UnicodeDecodeError) else 'broken JSON'}: {e}"
             if wrong:
@@ -109,15 +128,21 @@ class Examples:
         if not self.spans:
             raise ValueError(f"{path} holds no {self.kind}")
 
+    def is_list(self):
+        """Whether the file is one JSON list, by what it begins with."""
+        head = self.file.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+        return self.parse is json.loads and head[:1] == b"["
+
     def at(self, offset, wrong):
         with open(self.path, "rb") as f:
-            line = 1 + sum(f.read(min(1 << 20, offset - start)).count(b"\n") for start in range(0, offset, 1 << 20))
+            before = [f.read(min(1 << 20, offset - start)) for start in range(0, offset, 1 << 20)]
+        line = 1 + (sum(part.count(b"\n") for part in before) or sum(part.count(b"\r") for part in before))
         return f"{self.path}, line {line}: {wrong}"
 
     def lines(self):
         """(start, end, text) of every line that is not blank. Read, not mapped: mapped pages would stay in memory."""
         start = 0
-        for line in self.file:
+        for line in read_lines(self.file):
             if line.strip():
                 yield start, start + len(line), line
             start += len(line)
@@ -134,7 +159,7 @@ class Examples:
                 if depth == 2:
                     start = m.start()
                     if file[end:start].strip() != separator:
-                        raise ValueError(self.at(end, "broken JSON: a file ending in .json holds a list of objects"))
+                        raise ValueError(self.at(end, "broken JSON: not a list of objects"))
             elif c in b"]}":
                 depth -= 1
                 if depth == 1:
@@ -157,17 +182,27 @@ class Examples:
 
 
 class Documents(Examples):
-    """The documents of a .jsonl file, {"title", "text"} objects or strings, or, one a line, of a file of plain text.
+    """The documents of a file of JSON, {"title", "text"} objects or strings, or, one a line, of plain text. Empty ones
+    are left out, which a line on stderr says.
 
     Raises what Examples raises."""
 
-    kind = "documents"
+    kind, is_empty = "documents", staticmethod(lambda x: not document_text(x))
 
     def __init__(self, path):
-        if not path.endswith((".jsonl", ".json")):
+        if not path.endswith((".jsonl", ".json", ".ndjson")) and not self.begins_as_json(path):
             self.parse = lambda line: line.decode("utf-8-sig").strip()
-        self.read(path, lambda x: None if is_document(x) and document_text(x).strip() else
-                  "neither a text nor an object with 'title' and 'text'")
+        self.read(path, lambda x: None if is_document(x) else "neither a text nor an object with 'title' and 'text'")
+        if self.empty:
+            print(f"{path}: {self.empty:,} empty documents left out", file=sys.stderr)
+
+    @staticmethod
+    def begins_as_json(path):
+        try:
+            with open(path, "rb") as f:
+                return isinstance(json.loads(next(line for line in read_lines(f) if line.strip())), dict)
+        except (OSError, ValueError, StopIteration):
+            return False
 
 
 class Chunks(Documents):

@@ -29,8 +29,9 @@ import threading
 import time
 import zlib
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from hashlib import blake2b, sha256
 from itertools import groupby, islice, product
 from pathlib import Path
@@ -46,11 +47,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -62,11 +61,13 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
 
 from compressor import layer_list, left_pad
-from configurator import at_least, configure, fail, torch_device
-from data import document_text, file_sha256, mean_scores
+from configurator import at_least, configure, fail, torch_device, under_torchrun
+from data import document_text, file_sha256, mean_scores, read_lines
 from model import Prompt, chat_messages
+from pretrained import ModelError, load_config, load_model, load_tokenizer, longest_text, note
 
 # -----------------------------------------------------------------------------
 dataset = "toy"  # the result goes into data/NAME
@@ -109,7 +110,7 @@ encoder_steps = 250  # .. and its encoders
 if __name__ == "__main__":
     settings = configure(globals())
 
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if under_torchrun() else (0, 1)
 
 # ---- files that appear when they are complete, and parts of them that processes take turns in
 
@@ -201,8 +202,8 @@ def to_line(x):
 def lines(path, bar=None):
     """(line number, line without its end) of every line that is not blank of a text file or .gz; bar counts bytes."""
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as f:
-            for number, line in enumerate(f, 1):
+        with open(path, "rb") as raw, gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw as f:
+            for number, line in enumerate(read_lines(f), 1):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as e:
@@ -215,18 +216,60 @@ def lines(path, bar=None):
         fail(f"{path}: a damaged gzip file: {e}")
 
 
+# what a header may call the columns of a .tsv
+COLUMNS = {name: key for key, names in dict(
+    _id="_id id docid doc_id did pid passage_id qid query_id query-id", url="url", title="title",
+    text="text body passage contents query question").items() for name in names.split()}
+
+
+def file_format(path):
+    """json (JSON Lines), tsv or text, by what the first lines of a file look like."""
+    first = [line for _, line in islice(lines(path), 10)]
+    if first and first[0].lstrip()[0] in "{[":
+        return "json"
+    words = [line.split("\t")[0].strip() for line in first]
+    if path.removesuffix(".gz").endswith(".tsv") or all("\t" in line for line in first) and not any(
+            " " in word for word in words):
+        return "tsv"
+    return "text"
+
+
+def columns_of(line):
+    """The names of a .tsv's columns, by its first line, and whether that is a header. Without one: id, text (and
+    title), as MS MARCO's passages and queries, or id, url, title, body, as its documents."""
+    cells = [cell.strip().lower() for cell in line.split("\t")]
+    if len(cells) > 1 and all(cell in COLUMNS for cell in cells):
+        return [COLUMNS[cell] for cell in cells], True
+    if len(cells) == 4 and re.match(r"https?://|www\.", cells[1]):
+        return ["_id", "url", "title", "text"], False
+    return ["_id", "text", "title"], False
+
+
+def unquoted(cell):
+    """A cell without the quotes of csv, where it has them: DPR's passages."""
+    inner = cell[1:-1].replace('""', "")
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner else cell
+
+
 def records(path, bar=None):
-    """("FILE, line N", object) of every line of a JSON Lines or .tsv file (id, text, perhaps title)."""
-    tsv = path.removesuffix(".gz").endswith(".tsv")
+    """("FILE, line N", object) of every line of a file of JSON Lines or of columns between tabs."""
+    kind, names = file_format(path), None
+    if kind == "text":
+        number, _ = next(lines(path))
+        fail(f"{path}, line {number}: neither a JSON object nor columns between tabs")
     for number, line in lines(path, bar):
         where = f"{path}, line {number}"
-        if tsv:
-            columns = line.split("\t")
-            if len(columns) < 2:
-                fail(f"{where}: no tab: a .tsv file holds id, text on a line")
-            if number == 1 and columns[1].strip().lower() in ("text", "passage", "query", "question"):
-                continue  # a header, such as DPR's Wikipedia has
-            x = dict(zip(("_id", "text", "title"), columns))
+        if kind == "tsv":
+            if names is None:
+                names, header = columns_of(line)
+                if header:
+                    continue
+            cells = line.split("\t")
+            if not 2 <= len(cells) <= len(names):
+                fail(f"{where}: {len(cells)} columns, of which the first line tells no more than "
+                     f"{', '.join(name.strip('_') for name in names)}" if len(cells) > 1 else
+                     f"{where}: no tab: a .tsv file holds id, text on a line")
+            x = dict(zip(names, map(unquoted, cells) if header else cells))
         else:
             try:
                 x = json.loads(line)
@@ -250,7 +293,7 @@ def read_documents(path, bar=None):
     """(id, title, text) of every document of a corpus. KILT's text is a list of paragraphs: the first repeats the
     title, headings and list items carry a mark."""
     for where, x in records(path, bar):
-        title, text = x.get("title", x.get("wikipedia_title")) or "", x.get("text")
+        title, text = x.get("title", x.get("wikipedia_title")) or "", x["text"] or "" if "text" in x else None
         if isinstance(text, list) and all(isinstance(p, str) for p in text):
             paragraphs = [re.sub(r"^(Section::::|BULLET::::-?\s*)", "", p).strip() for p in text]
             text = "\n".join(p for i, p in enumerate(paragraphs) if p and (i > 0 or p != title))
@@ -262,17 +305,15 @@ def read_documents(path, bar=None):
 
 def read_queries(path):
     """(where, {"_id", "text", "answers"}) of every query; without ids a query's line number is its id."""
-    if not path.removesuffix(".gz").endswith((".jsonl", ".tsv")):
+    if file_format(path) == "text":
         for number, line in lines(path):
-            if number == 1 and line.lstrip()[0] in "{[":
-                fail(f"{path} looks like JSON: queries in JSON Lines stand in a file that ends in .jsonl")
             yield f"{path}, line {number}", dict(_id=str(number), text=line.strip(), answers=[])
         return
     for where, x in records(path):
         text, metadata = x.get("text"), x.get("metadata")
         if not isinstance(text, str) or not text.strip():
             fail(f"{where}: 'text' is missing or empty")
-        answers = metadata.get("answers", []) if isinstance(metadata, dict) else []
+        answers = metadata.get("answers") or [] if isinstance(metadata, dict) else []
         if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
             fail(f"{where}: metadata.answers is not a list of strings")
         yield where, dict(_id=check_id(where, x.get("_id")), text=text.strip(), answers=answers)
@@ -286,8 +327,8 @@ def read_run(path):
 
 
 def run_lines(query, passages, scores, tag):
-    """Lines of a TREC run: query, Q0, passage, rank, score, tag."""
-    return b"".join(f"{query} Q0 {p} {i} {s:.6f} {tag}\n".encode() for i, (p, s) in enumerate(zip(passages, scores), 1))
+    """Lines of a TREC run: query, Q0, passage, rank, score, tag. Scores have all their digits: they become targets."""
+    return b"".join(f"{query} Q0 {p} {i} {s} {tag}\n".encode() for i, (p, s) in enumerate(zip(passages, scores), 1))
 
 
 # ---- 1. the corpus, in chunks
@@ -301,7 +342,9 @@ def chunk(tokenizer, documents, max_tokens):
     title that is longer than half the tokens the rest is lost.
     """
     def offsets_of(texts):
-        return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+        # a control token in a text is read as the text that it is (pretrained.py)
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True,
+                         verbose=False).offset_mapping
 
     titles, room = [], []
     for (_, title, _), offsets in zip(documents, offsets_of([f"{title}\n" for _, title, _ in documents])):
@@ -316,6 +359,7 @@ def chunk(tokenizer, documents, max_tokens):
             text = documents[i][2]
             cuts = [0, *starts[i][room[i]::room[i]], len(text)]
             pieces[i] = [piece for a, b in zip(cuts, cuts[1:]) if (piece := text[a:b].strip())]
+            pieces[i] = pieces[i] or [""] * bool(titles[i])  # a title alone is a passage
         # a word that a cut has parted can take a token more when it is read again: then the document is cut shorter
         rows = [(i, document_text(dict(title=titles[i], text=piece))) for i in todo for piece in pieces[i]]
         lengths = map(len, offsets_of([text for _, text in rows]) if rows else [])
@@ -358,13 +402,13 @@ class Corpus:
 
 
 def make_corpus(folder):
-    tokenizer = AutoTokenizer.from_pretrained(generator)
+    tokenizer = load_tokenizer(generator)
     counts = dict(documents=0, empty_documents=0)
 
     def documents(bar):
         for id, title, text in islice(read_documents(corpus, bar), max_passages or None):
             counts["documents"] += 1
-            counts["empty_documents"] += not text.strip()
+            counts["empty_documents"] += not (title + text).strip()
             yield id, title, text
 
     def write(f, part):
@@ -405,7 +449,7 @@ def index_corpus(folder):
 
 
 def make_queries(folder):
-    tokenizer = AutoTokenizer.from_pretrained(generator)
+    tokenizer = load_tokenizer(generator)
     prompt = Prompt(tokenizer)
     counts = dict(queries=0, duplicates=0, cut=0, with_gold_answers=0)
     if rank == 0:
@@ -457,6 +501,25 @@ def pad(tokenizer, encodings, batch):
     return tokenizer.pad({name: [rows[i] for i in batch] for name, rows in encodings.items()}, return_tensors="pt")
 
 
+def check_pooling(name):
+    """Raises ValueError for a model of sentence-transformers that makes its weights otherwise than Splade does."""
+    def read(file):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False)
+        return json.loads(Path(path).read_text()) if path else None
+
+    modules = read("modules.json")
+    if not modules:  # a plain masked language model
+        return
+    kinds = [m["type"].rpartition(".")[2] for m in modules]
+    if kinds not in (["MLMTransformer", "SpladePooling"], ["Transformer", "SpladePooling"]) or modules[0]["path"]:
+        raise ValueError(f"{name} is made of {', '.join(kinds)}: a masked language model and SpladePooling are needed")
+    pooling = read(f"{modules[1]['path']}/config.json") or {}
+    for key, ours in (("activation_function", "relu"), ("pooling_strategy", "max")):
+        if pooling.get(key, ours) != ours:
+            raise ValueError(f"{name} is trained with {key}={pooling[key]}: only {ours} is supported")
+
+
 class Splade:
     """log(1 + max over the text's tokens of relu(logit)), for every word of the vocabulary.
 
@@ -465,9 +528,10 @@ class Splade:
     """
 
     def __init__(self, name, device, dtype):
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModelForMaskedLM.from_pretrained(name, dtype=dtype).eval().to(device)
-        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        check_pooling(name)
+        self.tokenizer = load_tokenizer(name)
+        self.model = load_model(AutoModelForMaskedLM, name, dtype=dtype).eval().to(device)
+        self.max_length = longest_text(self.model, self.tokenizer)
         self.output = self.model.get_output_embeddings()
         self.output.forward = self.max_over_tokens
 
@@ -524,7 +588,14 @@ def make_index(folder):
     return dict(passages=len(passages))
 
 
-@numba.njit(parallel=True, cache=True)
+def compiled(function):
+    try:
+        return numba.njit(parallel=True, cache=True)(function)
+    except RuntimeError:  # no folder for the cache: checkout and home are read-only
+        return numba.njit(parallel=True)(function)
+
+
+@compiled
 def search_shard(q_pointers, q_words, q_weights, pointers, passages, weights, n, first, best, scores):
     for q in numba.prange(len(q_pointers) - 1):
         dense = np.zeros(-(-n // 64) * 64, np.float32)  # the query's scores of the shard's n passages
@@ -682,9 +753,13 @@ def import_run(folder):
 
 class CrossEncoder:
     def __init__(self, name, device, dtype):
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype).eval().to(device)
-        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        self.tokenizer = load_tokenizer(name)
+        self.model = load_model(AutoModelForSequenceClassification, name, dtype=dtype).eval().to(device)
+        self.max_length = longest_text(self.model, self.tokenizer)
+        if self.tokenizer.pad_token is None:  # decoders
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.model.config.pad_token_id is None:  # by which they find the last token
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @torch.inference_mode()
     def scores(self, pairs, batch_tokens):
@@ -727,7 +802,14 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens):
     ids, mask = left_pad(tokenizer(prompts, add_special_tokens=False).input_ids)
     out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
                          max_new_tokens=max_new_tokens, do_sample=False)
-    return [a.strip() for a in tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)]
+    return [without_thoughts(a) for a in tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)]
+
+
+def without_thoughts(reply):
+    """The answer in the reply of a model that thinks aloud first; empty where it has not come to one."""
+    tag = r"[<\[]{}(?:think|thinking|thoughts?|reasoning)[>\]]"
+    reply = re.split(tag.format("/"), reply, flags=re.IGNORECASE)[-1]  # templates can open a thought in the prompt
+    return re.split(tag.format(""), reply, flags=re.IGNORECASE)[0].strip()
 
 
 def read_answers(folder):
@@ -793,8 +875,8 @@ def make_answers(folder):
 
 
 def ask_model(windows, done, record):
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, dtype)).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    model = load_model(AutoModelForCausalLM, teacher, dtype=getattr(torch, dtype)).eval().to(device)
+    tokenizer = load_tokenizer(teacher)
     prompt = Prompt(tokenizer)
     eos = model.generation_config.eos_token_id
     stop = {prompt.end_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
@@ -818,47 +900,114 @@ def ask_server(windows, done, record):
     """Chat requests to an OpenAI-compatible server, teacher_requests at a time."""
     session, stopped, refused = requests.Session(), threading.Event(), []
     session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=teacher_requests))
-    if os.environ.get("OPENAI_API_KEY"):
-        session.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        fail("OPENAI_API_KEY is no key: it holds white space, or letters that no HTTP header takes")
+    if key:
+        session.headers["Authorization"] = f"Bearer {key}"
+    secrets = [secret for secret in (key, *re.findall("//([^/@]+)@", teacher_url)) if secret]
+
+    def public(text, most=300):
+        """Some of a message, in one line, without key and password."""
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        return " ".join(text[:most].split())
+
+    server = public(teacher_url)
     try:  # a template without a system role wants the system line in the user's turn, as in model.py
-        system_role = Prompt(AutoTokenizer.from_pretrained(teacher)).system_role
+        prompt = Prompt(load_tokenizer(teacher))
+        system_role, plain = prompt.system_role, prompt.plain
     except (OSError, ValueError):
-        system_role = True
+        system_role, plain = True, lambda text: text
+    # what a server may not know: it says so, and is asked without from then on
+    asked = dict(max_tokens=answer_tokens, temperature=0, chat_template_kwargs=dict(enable_thinking=False))
+
+    def adapt(complaint):
+        """Whether a complaint was about something that can be asked otherwise."""
+        if "max_tokens" in asked and "max_completion_tokens" in complaint:
+            asked["max_completion_tokens"] = asked.pop("max_tokens")
+            return True
+        return any(asked.pop(name, None) is not None for name in ("chat_template_kwargs", "temperature")
+                   if name in complaint)
+
+    def retry_after(r):
+        """Seconds that a server wants to be left alone, which it says as a number or as a date; 10 minutes at most."""
+        value = r.headers.get("Retry-After", "0")
+        try:
+            seconds = float(value) if re.fullmatch(r"[\d.]+", value) else (
+                parsedate_to_datetime(value).timestamp() - time.time())
+        except ValueError:
+            seconds = 0.0
+        return min(seconds, 600.0)
 
     def ask(path, what, parse, **body):
         """Tries again after whatever may pass: no connection, a timeout, an overloaded or failing server, half an
-        answer. Returns None when the server refuses what was asked (too long for it, or against its rules)."""
-        for attempt in range(teacher_retries + 1):
+        answer. Returns None when the server refuses what was asked (too long for it, or against its rules), or has
+        no answer to it."""
+        attempt = 0
+        while True:
+            wait = min(2.0 ** attempt, 60.0) * random.uniform(0.5, 1)
             try:
-                r = session.request("POST" if body else "GET", teacher_url.rstrip("/") + path, json=body or None,
-                                    timeout=teacher_timeout)
-                if r.status_code < 400:
-                    return parse(r.json())
-                problem = f"HTTP status {r.status_code}: {' '.join(r.text[:300].split())}"
-                if r.status_code in (400, 413, 422):
+                r = session.request("POST" if body else "GET", teacher_url.rstrip("/") + path, timeout=teacher_timeout,
+                                    json={**body, **asked} if body else None, allow_redirects=False)
+                status, wait, text = r.status_code, max(wait, retry_after(r)), r.text
+                if status < 300:
+                    reply = r.json()
+                    if not isinstance(reply, dict) or not reply.get("error"):
+                        return parse(reply)
+                    error = reply["error"]  # gateways pack an error of the server behind them into a 200
+                    status = error.get("code") if isinstance(error, dict) else None
+                    status = status if isinstance(status, int) and status >= 400 else 400
+                    text = str(error.get("message", error) if isinstance(error, dict) else error)
+                problem = f"HTTP status {status}: {public(text)}"
+                if 300 <= status < 400:
+                    problem += f" redirects to {public(r.headers.get('Location', 'nowhere'))}"
+                    break
+                if status in (400, 422) and adapt(text):
+                    continue
+                if status in (400, 413, 422) or not body and status in (404, 405, 501):
                     refused.append(problem)
                     return None
-                if r.status_code < 500 and r.status_code not in (408, 409, 425, 429):
+                if status < 500 and status not in (408, 409, 425, 429):
                     break
+            except requests.exceptions.JSONDecodeError:
+                problem = f"not JSON: {public(text, 100)}"
             except (requests.RequestException, AttributeError, LookupError, TypeError, ValueError) as e:
-                problem = f"{type(e).__name__}: {' '.join(str(e)[:300].split())}"
-            if attempt == teacher_retries or stopped.wait(min(2.0 ** attempt, 60.0) * random.uniform(0.5, 1)):
+                problem = f"{type(e).__name__}: {public(str(e))}"
+            if attempt == teacher_retries or stopped.wait(wait):
                 break
-        fail(f"{teacher_url}: no answer to {what}: {problem}; the answers so far are kept")
+            attempt += 1
+        fail(f"{server}: no answer to {what}: {problem}; the answers so far are kept")
 
     def parse_answer(reply):
         choice = reply["choices"][0]
+        message, content = choice["message"], choice["message"].get("content") or ""
         if not choice["finish_reason"]:
             raise ValueError("half an answer: no finish_reason")
-        return (choice["message"]["content"] or "").strip()
+        if isinstance(content, list):  # in parts
+            content = "".join(part.get("text") or "" for part in content if part.get("type", "text") == "text")
+        answer = without_thoughts(content)
+        thought = content.strip() or message.get("reasoning_content") or message.get("reasoning")
+        if message.get("refusal") or not answer and thought:
+            refused.append(f"refused: {public(str(message['refusal']))}" if message.get("refusal") else
+                           f"it thinks and has not come to an answer within answer_tokens={answer_tokens}")
+            return None
+        try:
+            answer.encode()
+        except UnicodeEncodeError:
+            refused.append("half a surrogate pair in the answer, which no tokeniser takes")
+            return None
+        return answer
 
-    served = ask("/models", "the question which models it serves", lambda reply: [m["id"] for m in reply["data"]]) or []
+    served = ask("/models", "the question which models it serves", lambda reply: [m["id"] for m in reply["data"]])
+    if served is None:  # not every server says
+        served = [teacher]
     if teacher not in served and len(served) != 1:
-        fail(f"{teacher_url} serves {', '.join(served) or 'no model'}, not teacher={teacher}")
+        fail(f"{server} serves {', '.join(served) or 'no model'}, not teacher={teacher}")
     model = teacher if teacher in served else served[0]
     others = {x["model"] for x in done.values()} - {model}
     if others:
-        fail(f"{teacher_url} serves {model}, but there are answers of {others.pop()} already: --overwrite=True with "
+        fail(f"{server} serves {model}, but there are answers of {others.pop()} already: --overwrite=True with "
              "another --teacher name, or the former server")
     waiting, answered, without = {}, bool(done), []
 
@@ -873,16 +1022,16 @@ def ask_server(windows, done, record):
                     record({id: answer}, model)
                     answered = True
             if not answered and len(without) >= 10:
-                fail(f"{teacher_url} refuses every request: {refused[-1]}")
+                fail(f"{server} refuses every request: {refused[-1]}")
 
     with concurrent.futures.ThreadPoolExecutor(teacher_requests) as pool:
         try:
             for window in windows:
                 for id, query, documents in window:
                     if id not in done:
-                        messages = chat_messages(query, "\n\n".join(documents), system_role)
+                        messages = chat_messages(plain(query), plain("\n\n".join(documents)), system_role)
                         waiting[pool.submit(ask, "/chat/completions", f"the query '{id}'", parse_answer, model=model,
-                                            messages=messages, max_tokens=answer_tokens, temperature=0)] = id
+                                            messages=messages)] = id
                         collect(2 * teacher_requests)
             collect(0)
         except BaseException:
@@ -894,8 +1043,8 @@ def ask_server(windows, done, record):
             raise
     if without:
         if not answered:
-            fail(f"{teacher_url} refuses every request: {refused[-1]}")
-        print(f"{teacher_url} refused {len(without):,} queries, such as '{without[0]}': {refused[-1]}")
+            fail(f"{server} refuses every request: {refused[-1]}")
+        print(f"{server} refused {len(without):,} queries, such as '{without[0]}': {refused[-1]}")
         record(dict.fromkeys(without, ""), model)
 
 
@@ -953,14 +1102,19 @@ def check_model(setting, kinds, kind):
     name = globals()[setting]
     names = {n for v in kinds.values() for n in ([v] if isinstance(v, str) else v)}
     try:
-        config = AutoConfig.from_pretrained(name)
-        if not names & set(config.architectures or []):
-            fail(f"{setting}={name} is a {', '.join(config.architectures or ['model of no kind'])}, not {kind}")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = load_config(name)
+        made_as = config.architectures or [kinds.get(config.model_type)]  # a folder need not say
+        if not names & {n for made in made_as for n in ([made] if isinstance(made, str) else made or [])}:
+            fail(f"{setting}={name} is a {', '.join(config.architectures or [config.model_type])}, not {kind}")
+        tokenizer = load_tokenizer(name)
         if 2 * len(tokenizer) < getattr(config, "vocab_size", 0):  # transformers makes an empty one where there is none
             fail(f"{setting}={name} lacks its tokeniser: it knows {len(tokenizer):,} of {config.vocab_size:,} tokens")
         if setting in ("generator", "teacher"):
             Prompt(tokenizer)
+        if setting == "splade":
+            check_pooling(name)
+        if setting == "reranker" and tokenizer.pad_token is None and tokenizer.eos_token is None:
+            fail(f"{setting}={name}: its tokeniser has neither a pad_token nor an eos_token to pad with")
     except (OSError, ValueError) as e:
         fail(f"{setting}={name}: {str(e).splitlines()[0]}")
     return config
@@ -1008,7 +1162,8 @@ def check_inputs():
 
 
 def remove(path):
-    shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+    """A link goes alone: what it leads to may be another's."""
+    shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else Path(path).unlink(missing_ok=True)
 
 
 def stages_wanted():
@@ -1029,8 +1184,11 @@ def lock(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another prepare.py is at work in {folder}")
+        except OSError as e:
+            note(f"{folder} cannot be locked ({e.strerror}): see to it that no other prepare.py works in it")
     share()
-    fcntl.flock(file, fcntl.LOCK_SH)
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_SH)
     return file
 
 
@@ -1346,7 +1504,7 @@ if __name__ == "__main__":
         logging.disable_progress_bar()
         try:
             make_dataset(settings)
-        except (OSError, SafetensorError) as e:  # a full disk, a file that cannot be read, damaged weights
+        except (OSError, SafetensorError, ModelError) as e:  # a full disk, a file that cannot be read, damaged weights
             fail(f"{str(e).splitlines()[0]}; what is complete stays: the same command goes on from there")
         except KeyboardInterrupt:
             fail("interrupted: the same command goes on from there")

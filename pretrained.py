@@ -10,6 +10,10 @@ import sys
 from transformers import AutoConfig, AutoTokenizer
 
 
+class ModelError(ValueError):
+    """A model that cannot be loaded, or cannot work here, in one line."""
+
+
 def note(line):
     """One line to the user, next to what a script prints; under torchrun from the first process alone."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -24,37 +28,37 @@ def first_line(error):
 
 def pretrained(load, name, **kwargs):
     """load(name), a from_pretrained(), with kwargs. Code that comes with the model is never run, nor asked about.
-    Raises ValueError in one line that names the model, whatever went wrong."""
+    Raises ModelError in one line that names the model, whatever went wrong."""
     try:
         return load(name, trust_remote_code=False, **kwargs)
     except Exception as e:  # transformers raises nearly every kind for a folder that it cannot make sense of
-        raise ValueError(f"{name} cannot be loaded: {first_line(e)}") from e
+        raise ModelError(f"{name} cannot be loaded: {first_line(e)}") from e
 
 
 def load_config(name):
-    """The config of a model whose weights are plain text-only ones. Raises ValueError for others, in one line."""
+    """The config of a model whose weights are plain text-only ones. Raises ModelError for others, in one line."""
     config = pretrained(AutoConfig.from_pretrained, name)
     if getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method", "in an unknown way") if isinstance(
             config.quantization_config, dict) else type(config.quantization_config).__name__
-        raise ValueError(f"{name} has quantised weights ({method}): the plain (float) model is needed")
+        raise ModelError(f"{name} has quantised weights ({method}): the plain (float) model is needed")
     if config.get_text_config() is not config and not config.is_encoder_decoder:
-        raise ValueError(f"{name} is a model of more than text ({config.model_type}, with a text_config): save its "
+        raise ModelError(f"{name} is a model of more than text ({config.model_type}, with a text_config): save its "
                          "language model alone in a folder of its own")
     return config
 
 
 def load_model(auto, name, config=None, **kwargs):
-    """auto.from_pretrained() of a model that load_config() takes. Raises ValueError in one line."""
+    """auto.from_pretrained() of a model that load_config() takes. Raises ModelError in one line."""
     return pretrained(auto.from_pretrained, name, config=config or load_config(name), **kwargs)
 
 
 def load_tokenizer(name):
     """A tokeniser that cuts and pads on the right, whatever its tokenizer_config.json says: a text's beginning is what
-    is kept. Raises ValueError for one without offsets (no tokenizer.json, and none can be made)."""
+    is kept. Raises ModelError for one without offsets (no tokenizer.json, and none can be made)."""
     tokenizer = pretrained(AutoTokenizer.from_pretrained, name)
     if not tokenizer.is_fast:
-        raise ValueError(f"{name} has a slow tokeniser ({type(tokenizer).__name__}): one with a tokenizer.json is "
+        raise ModelError(f"{name} has a slow tokeniser ({type(tokenizer).__name__}): one with a tokenizer.json is "
                          "needed, which tells where in a text its tokens stand")
     tokenizer.truncation_side = tokenizer.padding_side = "right"
     return tokenizer
@@ -78,3 +82,15 @@ def plain_text(tokenizer):
         return text
 
     return plain
+
+
+def first_position(model):
+    """The position id of a text's first token: RoBERTa and its kin count from padding_idx + 1."""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    return 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
+
+
+def longest_text(model, tokenizer):
+    """The largest number of tokens that a model and its tokeniser take."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    return min(tokenizer.model_max_length, positions - first_position(model))

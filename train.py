@@ -196,7 +196,7 @@ def host_sum(numbers):
 
 
 # data
-here = os.path.dirname(os.path.abspath(__file__))
+here = os.path.dirname(os.path.abspath(sys.argv[0]))
 alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 if train_data.startswith("data/toy/") and not os.path.exists(train_data) and rank == 0:
     subprocess.run([sys.executable, f"{here}/prepare.py", "--dataset=toy"], check=True, env=alone)
@@ -213,9 +213,10 @@ except (ValueError, OSError) as e:
 if enable_reranking:
     squares = [sum(s * s for s in x["reranking_scores"][:num_documents])
                for x in map(train_set.__getitem__, range(min(1000, len(train_set))))]
-    if rerank_lambda * sum(squares) / len(squares) > 20:  # answers begin at a loss of 2 to 6
-        say(f"reranking_scores are large: they begin with a loss of {rerank_lambda * sum(squares) / len(squares):,.0f}, "
-            "next to which the answers' is lost: take a cross-encoder's scores, or a smaller rerank_lambda")
+    begin = rerank_lambda * sum(squares) / len(squares)
+    if begin > 50:  # answers begin at a loss of 2 to 6
+        say(f"reranking_scores are large: they begin with a loss of {begin:,.0f}, next to which the answers' is lost: "
+            "take a cross-encoder's scores, or a smaller rerank_lambda")
 examples_per_step = batch_size * gradient_accumulation_steps
 steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
 length = lambda x: len(x["query"] + x["answer"])  # what tells examples apart; documents are mostly cut to doc_tokens
@@ -718,8 +719,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sample_at_end and not stopping and rank == 0:
     args = dict(out_dir=best, val_data=val_data, candidates=num_documents, device="cpu" if xla else device,
                 dtype=dtype)
-    subprocess.run([sys.executable, f"{here}/sample.py", *(f"--{name}={value}" for name, value in args.items())], check=True,
-                   env=alone)
+    subprocess.run([sys.executable, f"{here}/sample.py", *(f"--{name}={value}" for name, value in args.items())],
+                   check=True, env=alone)
 if world > 1:
     dist.destroy_process_group()
     sys.stdout.flush()

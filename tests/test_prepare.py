@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import prepare
 from compressor import left_pad
-from data import Examples, document_text
+from data import Documents, Examples, document_text
 from model import ScaleDown, ScaleDownConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +122,8 @@ def test_chunks_lose_nothing(tiny):
             chunks = prepare.chunk(tokenizer, [("7", title, text)], 12)
             assert "".join("".join(c["text"] for c in chunks).split()) == "".join(text.split())
             assert [c["_id"] for c in chunks] == [f"7#{i}" for i in range(len(chunks))]
-            assert all(title.startswith(c["title"]) and c["text"] == c["text"].strip() != "" for c in chunks)
+            assert all(title.startswith(c["title"]) and c["text"] == c["text"].strip() for c in chunks)
+            assert all(c["text"] for c in chunks) or len(chunks) == 1 and title and not text.strip()
             assert all(c["title"] == title for c in chunks if len(title) < 4)
             # nothing is left for the models to cut
             assert all(prepare.Prompt(tokenizer).cut([document_text(c)], 12) == [document_text(c)] for c in chunks)
@@ -166,6 +167,50 @@ def test_query_formats(tmp_path):
                 ) == [("3", "é", ["a"]), ("4", "b", [])]
     assert read("h.tsv", "qid\tquery\n7\twho\n") == [("7", "who", [])]
     assert read("q.tsv.gz", gzip.compress(b"1\twho\n")) == [("1", "who", [])]
+    # by what is in them, whatever they are called
+    assert read("topics.txt", "12\twho is it\n13\twho\n") == [("12", "who is it", []), ("13", "who", [])]
+    assert read("q.ndjson", '{"_id": 3, "text": "b", "metadata": {"answers": null}}\n') == [("3", "b", [])]
+    assert read("q.gz", gzip.compress(b'{"_id": 3, "text": "b"}\n')) == [("3", "b", [])]
+    assert read("cr.txt", "who is it\rwho\r") == [("1", "who is it", []), ("2", "who", [])]
+    assert read("crlf", "query_id\ttext\r\n7\twho\r\n") == [("7", "who", [])]
+    assert read("not_gzipped.tsv.gz", "1\twho\n") == [("1", "who", [])]
+
+
+def test_columns_of_passages(tmp_path):
+    read = lambda text: list(prepare.read_documents(write(tmp_path / "passages.tsv", text)))
+    dpr = 'id\ttext\ttitle\n1\t"The ""red"" mill, by Mara"\t"Loku, the town"\n2\t"a" or "b"\tMill\n'
+    assert read(dpr) == [("1", "Loku, the town", 'The "red" mill, by Mara'), ("2", "Mill", '"a" or "b"')]
+    assert read("D1\thttp://x.y/z\tThe mill\tIt burnt.\r\n") == [("D1", "The mill", "It burnt.")]
+    assert read("docid\turl\ttitle\tbody\nD1\tx.y\tThe mill\tIt burnt.\n") == [("D1", "The mill", "It burnt.")]
+    assert read('1\t"quoted"\r2\tb\r') == [("1", "", '"quoted"'), ("2", "", "b")]
+
+
+def test_a_title_alone_is_a_passage_and_nothing_is_none(settings, tmp_path, monkeypatch):
+    rows = [dict(_id="1", title="the river", text=""), dict(_id="2", title=None, text="the mayor"), dict(_id="3", title="", text=None),
+            dict(_id="4", title="  ", text=" "), dict(_id="5", title="stone", text=None)]
+    folder = make(tmp_path, monkeypatch, settings, corpus=jsonl(tmp_path / "c.jsonl", rows), last_stage="corpus")
+    assert [(x["_id"], x["title"], x["text"]) for x in load(folder / "corpus.jsonl")] == [
+        ("1#0", "the river", ""), ("2#0", "", "the mayor"), ("5#0", "stone", "")]
+    assert load_manifest(folder)["stages"]["corpus"]["counts"]["empty_documents"] == 2
+    assert [document_text(x) for x in Documents(str(tmp_path / "c.jsonl"))] == ["the river", "the mayor", "stone"]
+
+
+def load_manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_scores_keep_all_their_digits(settings, tmp_path, monkeypatch, whole):
+    """Those of a given run, and those of the models in float32."""
+    scores = [1.5e-9, 1.25e-9, 7.0000001, 123456.78125, 1e-30]
+    ids = [x["_id"] for x in load(whole / "corpus.jsonl")]
+    lines = "".join(f"q{i} Q0 {ids[i + 1]} 1 {scores[i % 5] * 2} x\nq{i} Q0 {ids[i]} 2 {scores[i % 5]} x\n" for i in range(20))
+    folder = make(tmp_path, monkeypatch, settings, run=write(tmp_path / "given.trec", lines), reranker="", teacher="gold")
+    examples = load(folder / "train.jsonl") + load(folder / "val.jsonl")
+    for x in examples:
+        assert x["reranking_scores"] == [scores[int(x["_id"][1:]) % 5] * 2, scores[int(x["_id"][1:]) % 5]]
+    float32 = np.float32([0.1, 1e-8, 123.456])
+    assert [float(line.split()[4]) for line in prepare.run_lines("q", "abc", float32, "x").splitlines()] == pytest.approx(
+        float32.astype(float), rel=1e-7)
 
 
 # ---- retrieval
@@ -732,7 +777,7 @@ def test_real_passages_are_found(tmp_path):
     ("corpus.jsonl", '{"_id": "1", "text": "a"}\n\n{"_id": 1, "text": "b"}\n', "corpus.jsonl, line 3: the _id '1' stands already in line 1"),
     ("corpus.tsv", "1\ta\n2 b\n", "corpus.tsv, line 2: no tab"),
     ("corpus.jsonl.gz", gzip.compress(b'{"_id": "1", "text": "a"}\n' * 99, mtime=0)[:-9], "corpus.jsonl.gz: a damaged gzip file"),
-    ("corpus.jsonl.gz", '{"_id": "1", "text": "a"}\n', "corpus.jsonl.gz: a damaged gzip file"),
+    ("corpus.tsv", "1\ta\tb\tc\td\n", "corpus.tsv, line 1: 5 columns"), ("corpus.txt", "the mill\n", "corpus.txt, line 1: neither a JSON object nor"),
     ("queries.jsonl", "\n", "queries.jsonl holds no queries"),
     ("queries.jsonl", '{"_id": "1"}\n', "queries.jsonl, line 1: 'text' is missing or empty"),
     ("queries.jsonl", '{"_id": "1", "text": " "}\n', "queries.jsonl, line 1: 'text' is missing or empty"),
@@ -741,7 +786,7 @@ def test_real_passages_are_found(tmp_path):
     ("queries.jsonl", '{"_id": "1", "text": "a"}\n{"_id": "1", "text": "b"}\n', "queries.jsonl, line 2: the _id '1' stands already in line 1"),
     ("queries.tsv", "1\n", "queries.tsv, line 1: no tab"),
     ("queries.csv", "1,who\n", "queries.csv is neither JSON Lines"), ("corpus.csv", "1,who\n", "corpus.csv is neither JSON Lines"),
-    ("queries.txt", "[\n", "queries.txt looks like JSON"),
+    ("queries.txt", "[\n", "queries.txt, line 1: broken JSON"),
     ("queries.txt", b"who\n\xff\xfew\n", "queries.txt, line 2: not UTF-8")])
 def test_bad_files(settings, tmp_path, monkeypatch, capfd, name, text, says):
     setting = name.split(".")[0]

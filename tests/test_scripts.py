@@ -9,10 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import EXAMPLES, ROOT, curve, losses, metrics, run, torchrun
 from safetensors.torch import load_file
 
-from data import normalize
+from configurator import configure
+from data import file_sha256, normalize
 from model import ScaleDown, ScaleDownConfig
 
 TEXTS = ["bridge", "stone; red", "the mayor is", "mayor of Loku", "keeps", "near it", "made of facts", "Question"]
@@ -123,14 +125,30 @@ def test_pretraining_and_what_begins_with_it(job, tmp_path):
     assert "takes query_dependent=True" in run("train.py", *args, out, "--query_dependent=False", ok=False)
 
 
+def test_another_val_data_is_noticed_and_best_begins_anew(job, trained, tmp_path):
+    args, out_dir, folder = job
+    kept = shutil.copytree(out_dir, tmp_path / "out")
+    (tmp_path / "val.jsonl").write_text(json.dumps({**EXAMPLES[0], "answer": "river river river"}))  # not what it learns
+    shutil.copy(folder / "val.jsonl", tmp_path / "same.jsonl")
+    same = run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", f"--val_data={tmp_path / 'same.jsonl'}")
+    assert "val_data is another" not in same
+    said = run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", "--max_iters=11",
+               f"--val_data={tmp_path / 'val.jsonl'}")
+    assert "sha256 of val_data=" in said and "val_data is another" in said
+    scores = [x["val_loss"] for x in metrics(kept) if "val_loss" in x]
+    assert scores[-1] > min(scores)
+    weights = [open(f"{kept}/{name}/compressor.safetensors", "rb").read() for name in ("best", "last")]
+    assert weights[0] == weights[1]
+
+
 def test_best_stays_the_best(job, trained, tmp_path):
     args, out_dir, _ = job
     kept = shutil.copytree(out_dir, tmp_path / "out")
-    (tmp_path / "val.jsonl").write_text(json.dumps({**EXAMPLES[0], "answer": "river river river"}))  # not what it learns
-    run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", "--max_iters=11",
-        f"--val_data={tmp_path / 'val.jsonl'}")
-    scores = [x["val_loss"] for x in metrics(kept) if "val_loss" in x]
-    assert scores[-1] > min(scores)
+    state = torch.load(f"{kept}/last/optimizer.pt", weights_only=True)
+    torch.save({**state, "best_val_loss": 0.01}, f"{kept}/last/optimizer.pt")  # out of reach
+    names = sorted({*os.listdir(f"{kept}/last")} - {"SHA256SUMS"})
+    (kept / "last/SHA256SUMS").write_text("".join(f"{file_sha256(f'{kept}/last/{name}')}  {name}\n" for name in names))
+    run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", "--max_iters=11")
     for old, new, same in (("best", "best", True), ("last", "former", True), ("last", "last", False)):
         old, new = (open(f"{d}/compressor.safetensors", "rb").read() for d in (f"{out_dir}/{old}", f"{kept}/{new}"))
         assert (old == new) == same
@@ -210,3 +228,62 @@ def test_bad_questions(job, trained, tmp_path):
     assert "holds no checkpoint" in run("sample.py", "--out_dir=nowhere", "--query=who?", "--docs=LICENSE", ok=False)
 
 
+
+
+# ---- where and how a script is started
+
+def start(*args, cwd, env=None):
+    done = subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    return done.returncode, (done.stdout + done.stderr).decode()
+
+
+def test_a_run_started_from_another_folder(job, tiny, tmp_path):
+    args, _, folder = job
+    os.symlink(tiny("llama"), tmp_path / "gen")
+    mine = [a for a in args if not a.startswith("--generator=")] + ["--generator=gen", "--max_iters=2", "--out_dir=out"]
+    env = dict(RANK="0", LOCAL_RANK="0")  # of another launcher
+    code, said = start(f"{ROOT}/train.py", "config/rerank.py", *mine, "--sample_at_end=True", cwd=tmp_path, env=env)
+    assert code == 0 and "positions read by the generator" in said, said
+    # the generator's path counts from there, wherever one asks from
+    (tmp_path / "x").mkdir()
+    code, said = start(f"{ROOT}/sample.py", "--out_dir=../out/best", f"--val_data={folder}/val.jsonl", "--device=cpu",
+                       "--dtype=float32", cwd=tmp_path / "x")
+    assert code == 0 and "Traceback" not in said, said
+    code, said = start(f"{ROOT}/train.py", *mine, "--train_data=data/wiki/train.jsonl", cwd=tmp_path)
+    assert code == 1 and said.strip().endswith("python prepare.py --dataset=wiki --corpus=FILE --queries=FILE makes it")
+
+
+def test_text_that_is_not_utf8_in_a_setting(tmp_path):
+    for script, setting in (("train.py", b"--out_dir=\xe9t\xe9"), ("sample.py", b"--docs=\xff.txt"), ("train.py", b"caf\xe9.py")):
+        code, said = start(f"{ROOT}/{script}", os.fsdecode(setting), cwd=tmp_path)
+        assert code == 1 and said.startswith("error: ") and "is not UTF-8" in said and "Traceback" not in said, said
+
+
+def test_config_files(tmp_path):
+    settings = dict(batch_size=16, max_iters=0, out_dir="out")
+    (tmp_path / "base.py").write_text("batch_size = 3\nmax_iters = 5\n")
+    for text, expected in (("from base import *\nmax_iters = 6", (3, 6)), ("import base\nbatch_size = base.max_iters", (5, 0)),
+                           ("\ufeffbatch_size = 2", (2, 0)), ("batch_size = 2\r\rmax_iters: int = 4\r", (2, 4)),
+                           ("import os\nout_dir = os.path.dirname(__file__)", (16, 0))):
+        (tmp_path / "mine.py").write_bytes(text.encode())
+        got = configure(dict(settings), [str(tmp_path / "mine.py")])
+        assert (got["batch_size"], got["max_iters"]) == expected
+    for text, line in (("max_iters = 1\nbatch_size: 2", 2), ("out_dir: 'x'", 1), ("batch_size: int", 1)):
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(SystemExit, match=f"mine.py, line {line}: .* sets nothing"):
+            configure(dict(settings), [str(tmp_path / "mine.py")])
+    assert configure(dict(settings), ["--out_dir=~/x"])["out_dir"] == os.path.expanduser("~/x")
+
+
+def test_compiled_training_on_batches_of_other_lengths(job, tmp_path):
+    """Inductor's backward pass once took views for ones of another length, at the third batch."""
+    args, _, folder = job
+    rows = [{**x, "query": x["query"] + " river" * (3 * i)} for i, x in enumerate(EXAMPLES * 4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    args = [*args, f"--train_data={tmp_path / 'train.jsonl'}", "--enable_reranking=False", "--max_iters=5", "--eval_interval=9",
+            "--eval_samples=0", "--gradient_accumulation_steps=1"]
+    run("train.py", *args, f"--out_dir={tmp_path / 'plain'}")
+    run("train.py", *args, f"--out_dir={tmp_path / 'compiled'}", "--compile=True")
+    for step, loss in losses(tmp_path / "plain").items():
+        assert losses(tmp_path / "compiled")[step] == pytest.approx(loss, rel=1e-3)
