@@ -972,6 +972,8 @@ def ask_server(windows, done, record):
                     break
             except requests.exceptions.JSONDecodeError:
                 problem = f"not JSON: {public(text, 100)}"
+                if text.lstrip().startswith(("<", "data:")):  # a page to log in, a stream: the same the next time
+                    break
             except (requests.RequestException, AttributeError, LookupError, TypeError, ValueError) as e:
                 problem = f"{type(e).__name__}: {public(str(e))}"
             if attempt == teacher_retries or stopped.wait(wait):

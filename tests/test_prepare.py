@@ -423,9 +423,11 @@ class Server(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def reply(self, body, status=200, cut=0):
+    def reply(self, body, status=200, cut=0, **headers):
         self.close_connection = bool(cut)
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         try:
             self.end_headers()
@@ -452,6 +454,10 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.reply(json.dumps(dict(choices=[dict(message=dict(content="The ans"), finish_reason=None)])).encode())
         elif isinstance(failure, int):
             self.reply(b'{"error": "no luck"}', status=failure)
+        elif isinstance(failure, dict):  # a message
+            self.reply(json.dumps(dict(choices=[dict(message=failure, finish_reason="stop")])).encode())
+        elif isinstance(failure, tuple):  # body, status, headers
+            self.reply(failure[0].encode(), status=failure[1], **failure[2])
         else:
             self.reply(answer)
 
@@ -516,6 +522,58 @@ def test_a_server_that_refuses_one_query(settings, server, tmp_path, monkeypatch
     empty = [x["_id"] for x in load(folder / "teacher.jsonl") if not x["answer"]]
     assert len(empty) == 1 and len(load(folder / "teacher.jsonl")) == 20
     assert len(load(folder / "train.jsonl")) + len(load(folder / "val.jsonl")) == 19
+
+
+def test_thoughts_and_parts(settings, server, tmp_path, monkeypatch):
+    replies = [dict(content="<think>\nwho?\n</think>\n\nMara"), dict(content="who? </think> Mara"), dict(content="[THINK]a[/THINK]Mara"),
+               dict(content="<Thinking>a</Thinking>Mara"), dict(content=[dict(type="thinking", thinking="a"), dict(type="text", text="Ma"),
+                                                                         dict(type="text", text="ra")]),
+               dict(content="Mara", reasoning_content="who?")]
+    lost = [dict(content="<think>\nwho?"), dict(content=None, reasoning_content="who?"), dict(content="", reasoning="who?"),
+            dict(content="Mara \ud83d"), dict(content=None, refusal="I will not")]
+    server.failures = [*replies, *lost, None]
+    folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
+    answers = [x["answer"] for x in load(folder / "teacher.jsonl")]
+    assert answers.count("Mara") == len(replies) and answers.count("") == len(lost) and len(answers) == 20
+    assert all(b["chat_template_kwargs"] == dict(enable_thinking=False) for b in server.asked)
+
+
+@pytest.mark.parametrize("reply, says", [
+    (dict(content=None, reasoning_content="who is it?"), "has not come to an answer within answer_tokens=6"),
+    (dict(content="<think> who is it?"), "has not come to an answer"),
+    (dict(content=None, refusal="I will not"), "refused: I will not"),
+    (('{"error": {"message": "out of credit", "code": 400}}', 200, {}), "out of credit"),
+    (('{"error": "no such route"}', 422, {}), "no such route"),
+    (('{"error": {"message": "out of credit", "code": 402}}', 200, {}), "out of credit"),
+    (("<html>Log in</html>", 200, {}), "not JSON: <html>Log in"),
+    (("", 308, dict(Location="http://elsewhere/v1")), "redirects to http://elsewhere/v1")])
+def test_a_server_that_never_answers_is_not_asked_for_all(settings, server, tmp_path, monkeypatch, capfd, reply, says):
+    queries = jsonl(tmp_path / "q.jsonl", [dict(_id=f"q{i}", text=f"who is it {i}?") for i in range(60)])
+    server.failures = [reply] * 60
+    assert says in wrong(capfd, tmp_path, monkeypatch, settings, queries=queries, teacher_url=server.url, teacher_requests=2)
+    assert len(server.asked) < 20
+
+
+def test_a_server_that_knows_less_or_wants_to_be_left_alone(settings, server, tmp_path, monkeypatch):
+    said = ("Unrecognized request argument supplied: chat_template_kwargs", "Unsupported parameter: 'max_tokens'. Use "
+            "'max_completion_tokens' instead.", "'temperature' does not support 0")
+    server.failures = [*((json.dumps(dict(error=dict(message=m))), 400, {}) for m in said), ("{}", 429, dict(Retry_After="2"))]
+    start = time.time()
+    folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
+    assert time.time() - start > 2 and all(x["answer"] for x in load(folder / "teacher.jsonl")) and len(server.asked) == 24
+    assert server.asked[-1].keys() == {"model", "messages", "max_completion_tokens"}
+
+
+def test_no_key_in_any_message(settings, server, tmp_path, monkeypatch, capfd):
+    for key, failure in (("sk-SECRET\n", ('{"error": "bad key sk-SECRET"}', 401, {})), ("sk-\nSECRET", None), ("sk-SECRETé", None)):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        server.failures = [failure]
+        says = wrong(capfd, tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
+        assert "SECRET" not in says + "".join(capfd.readouterr()) and ("***" in says or "OPENAI_API_KEY" in says)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    url = server.url.replace("//", "//me:SECRET@")
+    server.failures = [401]
+    assert "SECRET" not in wrong(capfd, tmp_path, monkeypatch, settings, teacher_url=url, teacher_requests=1)
 
 
 def test_another_server_than_before(settings, server, tmp_path, monkeypatch, capfd):
