@@ -922,13 +922,14 @@ def ask_server(windows, done, record):
     # what a server may not know: it says so, and is asked without from then on
     asked = dict(max_tokens=answer_tokens, temperature=0, chat_template_kwargs=dict(enable_thinking=False))
 
-    def adapt(complaint):
-        """Whether a complaint was about something that can be asked otherwise."""
-        if "max_tokens" in asked and "max_completion_tokens" in complaint:
-            asked["max_completion_tokens"] = asked.pop("max_tokens")
-            return True
-        return any(asked.pop(name, None) is not None for name in ("chat_template_kwargs", "temperature")
-                   if name in complaint)
+    def adapt(complaint, sent):
+        """Whether what a complaint is about is asked otherwise from now on than it was sent."""
+        if "max_completion_tokens" in complaint and asked.pop("max_tokens", None):
+            asked["max_completion_tokens"] = answer_tokens
+        for name in ("chat_template_kwargs", "temperature"):
+            if name in complaint:
+                asked.pop(name, None)
+        return asked.keys() != sent.keys()
 
     def retry_after(r):
         """Seconds that a server wants to be left alone, which it says as a number or as a date; 10 minutes at most."""
@@ -947,9 +948,10 @@ def ask_server(windows, done, record):
         attempt = 0
         while True:
             wait = min(2.0 ** attempt, 60.0) * random.uniform(0.5, 1)
+            sent = dict(asked)
             try:
                 r = session.request("POST" if body else "GET", teacher_url.rstrip("/") + path, timeout=teacher_timeout,
-                                    json={**body, **asked} if body else None, allow_redirects=False)
+                                    json={**body, **sent} if body else None, allow_redirects=False)
                 status, wait, text = r.status_code, max(wait, retry_after(r)), r.text
                 if status < 300:
                     reply = r.json()
@@ -963,7 +965,7 @@ def ask_server(windows, done, record):
                 if 300 <= status < 400:
                     problem += f" redirects to {public(r.headers.get('Location', 'nowhere'))}"
                     break
-                if status in (400, 422) and adapt(text):
+                if status in (400, 422) and adapt(text, sent):
                     continue
                 if status in (400, 413, 422) or not body and status in (404, 405, 501):
                     refused.append(problem)
@@ -994,12 +996,8 @@ def ask_server(windows, done, record):
             refused.append(f"refused: {public(str(message['refusal']))}" if message.get("refusal") else
                            f"it thinks and has not come to an answer within answer_tokens={answer_tokens}")
             return None
-        try:
-            answer.encode()
-        except UnicodeEncodeError:
-            refused.append("half a surrogate pair in the answer, which no tokeniser takes")
-            return None
-        return answer
+        # without half a surrogate pair, which no tokeniser takes
+        return answer.encode(errors="ignore").decode().strip()
 
     served = ask("/models", "the question which models it serves", lambda reply: [m["id"] for m in reply["data"]])
     if served is None:  # not every server says

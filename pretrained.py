@@ -22,7 +22,8 @@ def note(line):
 
 def first_line(error):
     """An exception in one line: its first line with words, after its type unless it is one that speaks to users."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = " ".join(lines[:3] if lines and lines[0].endswith(":") else lines[:1])
     return line if isinstance(error, (ValueError, OSError)) and line else f"{type(error).__name__}: {line}"
 
 

@@ -528,9 +528,9 @@ def test_thoughts_and_parts(settings, server, tmp_path, monkeypatch):
     replies = [dict(content="<think>\nwho?\n</think>\n\nMara"), dict(content="who? </think> Mara"), dict(content="[THINK]a[/THINK]Mara"),
                dict(content="<Thinking>a</Thinking>Mara"), dict(content=[dict(type="thinking", thinking="a"), dict(type="text", text="Ma"),
                                                                          dict(type="text", text="ra")]),
-               dict(content="Mara", reasoning_content="who?")]
+               dict(content="Mara", reasoning_content="who?"), dict(content="Mara \ud83d")]
     lost = [dict(content="<think>\nwho?"), dict(content=None, reasoning_content="who?"), dict(content="", reasoning="who?"),
-            dict(content="Mara \ud83d"), dict(content=None, refusal="I will not")]
+            dict(content=None, refusal="I will not")]
     server.failures = [*replies, *lost, None]
     folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
     answers = [x["answer"] for x in load(folder / "teacher.jsonl")]
