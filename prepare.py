@@ -1182,7 +1182,7 @@ def lock(folder):
     if rank == 0:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             fail(f"another prepare.py is at work in {folder}")
         except OSError as e:
             note(f"{folder} cannot be locked ({e.strerror}): see to it that no other prepare.py works in it")

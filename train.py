@@ -594,7 +594,7 @@ if rank == 0:
         lock = open(f"{out_dir}/.lock", "a")  # held until this process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # such as one that outlived a torchrun that was killed
+        except (BlockingIOError, PermissionError):  # such as one that outlived a torchrun that was killed
             fail(f"another train.py is at work in {out_dir}")
         except OSError as e:
             say(f"{out_dir} cannot be locked ({e.strerror}): see to it that no other train.py works in it")

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import pytrec_eval
 from transformers import AutoTokenizer
 
 from configurator import configure
-from data import Chunks, Examples, mean_scores, score
+from data import Chunks, Examples, mean_scores, ndcg, score, trec_order
 
 GOOD = dict(query="who?", documents=["a", {"title": "T", "text": "b"}], answer="x", reranking_scores=[1, 2.5], answers=["x"])
 
@@ -59,7 +60,7 @@ def test_a_pair_of_surrogates_is_good(tmp_path):
 
 @pytest.mark.parametrize("text,line", [
     ('[\n{good},\n{"query": "q"}\n]', 3), ("[\n{good},\n1,\n{good}]", 2), ("[\n{good}\n{good}]", 2), ("[\n{good},\n", 2),
-    ('[\n{good},\n{"query": "q', 2), ("{good}", 1), ("[\n{good}]\n]", 2)])
+    ('[\n{good},\n{"query": "q', 2), ("{good", 1), ("[\n{good}]\n]", 2)])
 def test_a_broken_json_list(tmp_path, text, line):
     path = write(tmp_path / "a.json", text.replace("{good}", json.dumps(GOOD)))
     with pytest.raises(ValueError, match=f"a.json, line {line}: "):
@@ -136,5 +137,26 @@ def test_chunks_are_repeated_and_continued(tiny, tmp_path):
     assert chunks[2]["answer"] == texts[1] or count(texts[1]) > 8
     blanks = write(tmp_path / "blanks.txt", "Loku" + " " * 400 + "river\n")
     assert all(x["answer"] and all(x["documents"]) for x in map(Chunks(blanks, tokenizer, 8).__getitem__, range(2)))
-    with pytest.raises(ValueError, match="empty.jsonl, line 2: neither a text nor"):
-        Chunks(write(tmp_path / "empty.jsonl", '"a"\n{"title": "", "text": " "}\n'), tokenizer, 8)
+    # an empty document is left out, whatever is wrong is said
+    assert len(Chunks(write(tmp_path / "empty.jsonl", '"a"\n{"title": "", "text": " "}\n'), tokenizer, 8)) == 2
+    with pytest.raises(ValueError, match="wrong.jsonl, line 2: neither a text nor"):
+        Chunks(write(tmp_path / "wrong.jsonl", '"a"\n{"title": ""}\n'), tokenizer, 8)
+
+
+def test_files_are_read_by_what_is_in_them(tmp_path):
+    rows = [GOOD, {**GOOD, "documents": [{"title": None, "text": "the mill"}, "a"], "answers": None}]
+    lines = [json.dumps(x) for x in rows]
+    for name, text in (("a.ndjson", "\n".join(lines)), ("a.json", "\n".join(lines)), ("a.jsonl", f"[{','.join(lines)}]"),
+                       ("b.txt", "\r".join(lines) + "\r"), ("c", "\r\n".join(lines))):
+        assert [*Examples(write(tmp_path / name, text))] == rows, name
+    broken = "\r".join([lines[0], '{"query": "q"}', ""])
+    with pytest.raises(ValueError, match="d.jsonl, line 2: no documents"):
+        Examples(write(tmp_path / "d.jsonl", broken))
+
+
+def test_ties_are_ranked_as_trec_eval_ranks_them():
+    ids, scores, relevance = ["d1", "d10", "d2", "d3"], [1.0, 1.0, 1.0, 2.0], {"d1": 1, "d2": 0, "d10": 2}
+    theirs = pytrec_eval.RelevanceEvaluator({"q": relevance}, {"ndcg_cut_2"}).evaluate({"q": dict(zip(ids, scores))})
+    order = trec_order(ids, scores)
+    assert ndcg([ids[i] for i in order], relevance, 2) == pytest.approx(theirs["q"]["ndcg_cut_2"])
+    assert [ids[i] for i in order] == ["d3", "d2", "d10", "d1"]
