@@ -520,7 +520,8 @@ class ScaleDown(nn.Module):
         keys and values of the first positions, which every row has in common. On XLA two graphs are all: the prompt's
         and a token's."""
         B, P = mask.shape
-        self.check_length(mask.sum(1).max().item() + max_new_tokens)
+        # padding takes no position; on XLA to count it would fetch the mask from the device, by a graph of its own
+        self.check_length((P if x.device.type == "xla" else mask.sum(1).max().item()) + max_new_tokens)
         if x.device.type == "xla":
             import torch_xla.core.xla_model as xm
         length = -(-(P + max_new_tokens) // 128) * 128  # few different ones: next() is compiled for each
