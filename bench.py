@@ -50,6 +50,7 @@ from configurator import at_least, configure, fail, torch_device
 from data import document_text
 from lora import LoRALinear, layers
 from model import ScaleDown, ScaleDownConfig, read_config
+from pretrained import first_line, load_model
 
 # -----------------------------------------------------------------------------
 what = "flops"  # or time, train, attention, lora, decode, prepare
@@ -203,7 +204,7 @@ def bench_flops():
         if runs:
             return [run_row(out_dir) for out_dir in runs.split(",")]
         for name in generator.split(","):
-            model = AutoModelForCausalLM.from_pretrained(folders[name])
+            model = load_model(AutoModelForCausalLM, folders[name])
             for k in numbers("docs", docs):
                 full = generator_tflop(model, k * doc_tokens + query_tokens, answer_tokens)
                 for l in numbers("num_memory_tokens", num_memory_tokens):
@@ -240,13 +241,13 @@ def run_row(out_dir):
         k = torch.load(f"{out_dir}/last/optimizer.pt", weights_only=True, mmap=True)["run"]["num_documents"]
         with open(f"{out_dir}/metrics.jsonl") as f:
             scored = [x for x in map(loads, f) if "em" in x]
-        model = AutoModelForCausalLM.from_pretrained(c.generator)
+        model = load_model(AutoModelForCausalLM, c.generator)
         sizes = dict(num_memory_tokens=c.num_memory_tokens, query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
         more = dict(sizes, enable_reranking=c.enable_reranking)
         compressor = (NLayersCompressor(c.generator, c.num_layers, **more) if c.compressor_type == "n_layers" else
                       ModernBERTCompressor(c.compressor_model, model.config.hidden_size, c.projection_hidden, **more))
     except (ValueError, OSError) as e:
-        fail(str(e).splitlines()[0])
+        fail(first_line(e))
     if not scored:
         fail(f"{out_dir}/metrics.jsonl has no exact match: train with eval_samples")
     full = generator_tflop(model, k * c.doc_tokens + c.query_tokens, c.answer_tokens)
@@ -317,7 +318,7 @@ def build(kind, inference=False):
             with random_weights(device) if generator in SHAPES else nullcontext():
                 model = ScaleDown(config, dtype=getattr(torch, dtype)).to(device).eval()
         except (ValueError, OSError) as e:
-            fail(str(e).splitlines()[0])
+            fail(first_line(e))
     model.stop_ids = []  # all answers have the same length
     with torch.no_grad():
         for _, m in layers(model.generator):

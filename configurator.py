@@ -54,7 +54,8 @@ def configure(settings, argv=None):
             if not os.path.isfile(path):
                 fail(f"config file {arg} does not exist (a setting is written --name=value)")
             scope = {"__file__": path, "__name__": "config"}
-            sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # a config may import its neighbour
+            folder, modules = os.path.dirname(os.path.abspath(path)), {*sys.modules}
+            sys.path.insert(0, folder)  # a config may import its neighbour
             try:
                 with open(path, encoding="utf-8-sig") as f:
                     tree = ast.parse(f.read(), path)
@@ -66,7 +67,10 @@ def configure(settings, argv=None):
             except Exception as e:
                 fail(f"config file {arg}: {type(e).__name__}: {' '.join(str(e).split())}")
             finally:
-                sys.path.pop(0)
+                sys.path.remove(folder)
+                for name in {*sys.modules} - modules:  # another config's neighbour may have the same name
+                    if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
+                        del sys.modules[name]
             for name, value in scope.items():
                 if not name.startswith("_") and not isinstance(value, ModuleType) and not callable(value):
                     override(name, value, arg)
@@ -85,7 +89,7 @@ def configure(settings, argv=None):
 
 
 def under_torchrun():
-    """Whether torchrun has started this process. Other launchers leave some of its variables behind, too."""
+    """Whether torchrun has started this process. Other launchers set some of its variables, too."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 

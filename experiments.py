@@ -30,7 +30,8 @@ plot = ""  # a folder for the drawing of table rate
 
 
 def run(*command):
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), command[0])
+    done = subprocess.run([sys.executable, script, *command[1:]], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         fail(f"python {' '.join(command)} failed")
     return done.stdout

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from compressor import ModernBERTCompressor, NLayersCompressor, embedding_std, layer_list, left_pad, other_layers
 from data import document_text
 from lora import adapter_off, apply_lora, layers, load_lora, load_tensors, save_lora
-from pretrained import first_line, load_model, load_tokenizer, note, plain_text
+from pretrained import ModelError, first_line, load_model, load_tokenizer, note, plain_text
 
 SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
 SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
@@ -670,7 +670,11 @@ class ScaleDown(nn.Module):
             if not os.path.isdir(path):
                 setattr(config, name, str(next(above, path)))
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
-        model = cls(config, dtype, saved["prompt"])
+        try:
+            model = cls(config, dtype, saved["prompt"])
+        except ModelError as e:
+            moved = "" if os.path.isdir(config.generator) else " (--generator=FOLDER says where it lies now)"
+            raise ModelError(f"{e}{moved}") from e
         model.load(out_dir)
         for p in model.parameters():  # not .to(dtype): it would round the rotary embeddings' frequencies too
             p.data = p.data.to(dtype)

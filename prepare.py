@@ -67,7 +67,7 @@ from compressor import layer_list, left_pad
 from configurator import at_least, configure, fail, torch_device, under_torchrun
 from data import document_text, file_sha256, mean_scores, read_lines
 from model import Prompt, chat_messages
-from pretrained import ModelError, load_config, load_model, load_tokenizer, longest_text, note
+from pretrained import ModelError, first_line, load_config, load_model, load_tokenizer, longest_text, note
 
 # -----------------------------------------------------------------------------
 dataset = "toy"  # the result goes into data/NAME
@@ -957,7 +957,7 @@ def ask_server(windows, done, record):
                     reply = r.json()
                     if not isinstance(reply, dict) or not reply.get("error"):
                         return parse(reply)
-                    error = reply["error"]  # gateways pack an error of the server behind them into a 200
+                    error = reply["error"]  # gateways pack their server's error into a 200
                     status = error.get("code") if isinstance(error, dict) else None
                     status = status if isinstance(status, int) and status >= 400 else 400
                     text = str(error.get("message", error) if isinstance(error, dict) else error)
@@ -1116,7 +1116,7 @@ def check_model(setting, kinds, kind):
         if setting == "reranker" and tokenizer.pad_token is None and tokenizer.eos_token is None:
             fail(f"{setting}={name}: its tokeniser has neither a pad_token nor an eos_token to pad with")
     except (OSError, ValueError) as e:
-        fail(f"{setting}={name}: {str(e).splitlines()[0]}")
+        fail(f"{setting}={name}: {first_line(e)}")
     return config
 
 
@@ -1505,7 +1505,7 @@ if __name__ == "__main__":
         try:
             make_dataset(settings)
         except (OSError, SafetensorError, ModelError) as e:  # a full disk, a file that cannot be read, damaged weights
-            fail(f"{str(e).splitlines()[0]}; what is complete stays: the same command goes on from there")
+            fail(f"{first_line(e)}; what is complete stays: the same command goes on from there")
         except KeyboardInterrupt:
             fail("interrupted: the same command goes on from there")
     if world > 1:

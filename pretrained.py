@@ -9,6 +9,8 @@ import sys
 
 from transformers import AutoConfig, AutoTokenizer
 
+from configurator import under_torchrun
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded, or cannot work here, in one line."""
@@ -16,7 +18,7 @@ class ModelError(ValueError):
 
 def note(line):
     """One line to the user, next to what a script prints; under torchrun from the first process alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if not under_torchrun() or os.environ["RANK"] == "0":
         print(line, file=sys.stderr)
 
 

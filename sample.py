@@ -44,7 +44,7 @@ from data import (
 )
 from lora import merge_and_unload
 from model import ScaleDown, render, with_system
-from pretrained import first_line, load_model, load_tokenizer
+from pretrained import first_line, load_model, load_tokenizer, plain_text
 
 # -----------------------------------------------------------------------------
 out_dir = "out/toy/best"  # a checkpoint
@@ -121,6 +121,7 @@ try:
     model = ScaleDown.from_pretrained(out_dir, device, getattr(torch, dtype), **moved)
     if judge:
         judge_tokenizer = load_tokenizer(judge)
+        plain = plain_text(judge_tokenizer)
         judge_model = load_model(AutoModelForCausalLM, judge, dtype=getattr(torch, dtype)).to(device).eval()
     if store and model.config.query_dependent:
         fail(f"{out_dir} was trained with query_dependent=True: it reads documents together with the query, so that "
@@ -197,7 +198,7 @@ def grades(examples, answers):
             user = (f"Question: {x['query']}\nReference answers: {' / '.join(references(x))}\nAnswer to grade: {a}\n\n"
                     "Does the answer to grade say what one of the reference answers says? A: yes. B: in part. C: no. "
                     "Reply with the letter alone.")
-            messages = partial(with_system, "You grade answers to questions.", user)
+            messages = partial(with_system, "You grade answers to questions.", plain(user))
             text, rest, _ = render(judge_tokenizer, messages, "[[A]]")
             prompts.append(text + rest.split("[[A]]")[0])  # with what the template puts before a reply
         letters = [ids(prompts[0] + letter)[-1] for letter in "ABC"]

@@ -11,6 +11,7 @@ writes into out_dir: last/, the checkpoint that --init_from=resume goes on from;
 of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the step, save and leave.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -191,7 +192,7 @@ def host_sum(numbers):
         try:
             dist.all_reduce(numbers, group=host)
         except RuntimeError as e:  # another process has failed, and has said why
-            sys.exit(f"process {rank} has lost the others: {str(e).splitlines()[0]}")
+            sys.exit(f"process {rank} has lost the others: {first_line(e)}")
     return numbers
 
 
@@ -292,7 +293,9 @@ def find_checkpoint():
 def copy_to_best():
     """best/ as the checkpoint in last/, but for what is only there to resume from."""
     shutil.rmtree(f"{best}.tmp", ignore_errors=True)
-    shutil.copytree(last, f"{best}.tmp", ignore=shutil.ignore_patterns("optimizer.pt", "SHA256SUMS"))
+    os.makedirs(f"{best}.tmp")
+    for name in {*os.listdir(last)} - {"optimizer.pt", "SHA256SUMS"}:
+        shutil.copyfile(f"{last}/{name}", f"{best}.tmp/{name}")  # contents alone: some file systems know no permissions
     flush(f"{best}.tmp")
     if os.path.isdir(best):
         put_aside(best, f"{best}.old")
@@ -511,7 +514,7 @@ def writing(what):
         shutil.rmtree(f"{best}.tmp", ignore_errors=True)
         while e.__context__:  # torch.save hides the reason behind errors of its own
             e = e.__context__
-        fail(f"step {step:,}: {what} could not be written: {str(e).splitlines()[0]}; {last_good()}")
+        fail(f"step {step:,}: {what} could not be written: {first_line(e)}; {last_good()}")
 
 
 def flush(folder):
@@ -528,8 +531,11 @@ def flush(folder):
 
 def to_disk(path):
     fd = os.open(path, os.O_RDONLY)
-    with suppress(OSError) if os.path.isdir(path) else nullcontext():  # some file systems flush no folder
+    try:
         os.fsync(fd)
+    except OSError as e:  # some file systems flush no folder
+        if not os.path.isdir(path) or e.errno in (errno.EIO, errno.ENOSPC):
+            raise
     os.close(fd)
 
 

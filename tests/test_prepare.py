@@ -1,5 +1,6 @@
 """prepare.py: its pieces against transformers, sentence-transformers and dense products; the whole as a user runs it."""
 
+import errno
 import fcntl
 import functools
 import gzip
@@ -16,9 +17,11 @@ import threading
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
@@ -987,3 +990,84 @@ def test_memory_of_search(tmp_path):
 @pytest.mark.slow
 def test_memory_of_search_in_a_million_passages(tmp_path):
     assert search_memory(tmp_path, 1_000_000, 100_000) < 2048
+
+
+# ---- file systems
+
+
+def test_an_index_that_was_moved_to_another_disk_and_linked(settings, tmp_path, monkeypatch):
+    folder = make(tmp_path, monkeypatch, settings, teacher="gold")
+    shutil.move(folder / "index", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", folder / "index")
+    kept = sorted(f.name for f in (tmp_path / "elsewhere").iterdir())
+    make(tmp_path, monkeypatch, settings, teacher="gold")  # is used where it is
+    assert (folder / "index").is_symlink()
+    make(tmp_path, monkeypatch, settings, teacher="gold", doc_tokens=20, overwrite=True)
+    (tmp_path / "fresh").mkdir()
+    fresh = make(tmp_path / "fresh", monkeypatch, settings, teacher="gold", doc_tokens=20)
+    for name in FILES:
+        assert (folder / name).read_bytes() == (fresh / name).read_bytes()
+    assert not (folder / "index").is_symlink() and not [*folder.glob("*.old")]
+    assert sorted(f.name for f in (tmp_path / "elsewhere").iterdir()) == kept  # another's, perhaps
+
+
+def test_no_lock_is_said_and_a_held_one_stops(settings, tmp_path, monkeypatch, capfd):
+    def refuse(number):
+        def flock(*args):
+            raise OSError(number, os.strerror(number))
+        return flock
+
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    make(tmp_path, monkeypatch, settings, last_stage="queries")
+    assert "cannot be locked" in capfd.readouterr().err
+    for number in (errno.EACCES, errno.EWOULDBLOCK):
+        monkeypatch.setattr(fcntl, "flock", refuse(number))
+        assert "another prepare.py is at work" in wrong(capfd, tmp_path, monkeypatch, settings, last_stage="queries")
+
+
+def test_a_checkout_that_cannot_be_written_compiles_without_a_cache(monkeypatch):
+    njit = numba.njit
+
+    def no_place(*args, cache=False, **kwargs):
+        if cache:
+            raise RuntimeError("cannot cache function 'f': no locator available")
+        return njit(*args, **kwargs)
+
+    monkeypatch.setattr(numba, "njit", no_place)
+    assert prepare.compiled(lambda x: x + 1)(1) == 2
+
+
+# ---- models of another make
+
+
+@pytest.mark.parametrize("pooling, says", [
+    (dict(activation_function="log1p_relu"), "activation_function=log1p_relu"), (dict(pooling_strategy="sum"), "pooling_strategy=sum")])
+def test_a_sparse_encoder_of_another_kind_is_refused_before_any_work(tiny, settings, tmp_path, monkeypatch, capfd, pooling, says):
+    model = SparseEncoder(modules=[Transformer(tiny("splade"), transformer_task="fill-mask"), SpladePooling(**pooling)], device="cpu")
+    model.save_pretrained(str(tmp_path / "splade"))
+    line = wrong(capfd, tmp_path, monkeypatch, settings, splade=str(tmp_path / "splade"))
+    assert line.startswith("error: splade=") and says in line and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("kind", ["roberta", "qwen2"])
+def test_rerankers_of_another_make(tiny, tmp_path, kind):
+    """RoBERTa has two positions fewer than its table; a decoder finds its score at the last token that is no padding."""
+    shutil.copytree(tiny("bert" if kind == "roberta" else "qwen2"), tmp_path / "ce")
+    for name in ("model.safetensors", "config.json"):
+        os.remove(tmp_path / "ce" / name)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=400, num_labels=1)
+    torch.manual_seed(0)
+    config = (tf.RobertaConfig(**sizes, max_position_embeddings=42, pad_token_id=0) if kind == "roberta" else
+              tf.Qwen2Config(**sizes, num_key_value_heads=2, max_position_embeddings=200, bos_token_id=3, eos_token_id=4))
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3 if p.dim() > 1 else 1)
+    model.save_pretrained(tmp_path / "ce")
+    ours = prepare.CrossEncoder(str(tmp_path / "ce"), "cpu", torch.float32)
+    pairs = [("who is it", "stone"), ("the river", "the mayor of Loku " * 30), ("it", "a red hound near the river")]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ce")
+    limit = 41 if kind == "roberta" else 200  # padding_idx 0: positions 1 .. 41
+    with torch.no_grad():
+        theirs = [model(**tokenizer(q, d, truncation="only_second", max_length=limit, return_tensors="pt")).logits.item() for q, d in pairs]
+    assert ours.scores(pairs, 512) == pytest.approx(theirs, abs=1e-4)

@@ -254,6 +254,61 @@ def test_a_run_started_from_another_folder(job, tiny, tmp_path):
     assert code == 1 and said.strip().endswith("python prepare.py --dataset=wiki --corpus=FILE --queries=FILE makes it")
 
 
+def test_a_generator_that_is_nowhere(job, tiny, tmp_path):
+    args, _, _ = job
+    mine = [a for a in args if not a.startswith("--generator=")]
+    os.symlink(tiny("llama"), tmp_path / "gen")
+    (tmp_path / "x").mkdir()
+    code, said = start(f"{ROOT}/train.py", *mine, "--generator=gen", "--max_iters=1", f"--out_dir={tmp_path}/out", cwd=tmp_path)
+    assert code == 0, said
+    os.rename(tmp_path / "gen", tmp_path / "x" / "moved")
+    ask = ["--val_data=" + next(a for a in args if "val_data" in a).split("=")[1], "--device=cpu", "--dtype=float32"]
+    code, said = start(f"{ROOT}/sample.py", f"--out_dir={tmp_path}/out/best", *ask, cwd=tmp_path)
+    assert code == 1 and said.startswith("error: gen cannot be loaded: ") and "--generator=FOLDER" in said and said.count("\n") == 1
+    code, said = start(f"{ROOT}/sample.py", f"--out_dir={tmp_path}/out/best", "--generator=x/moved", *ask, cwd=tmp_path)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("broken", ["fcntl.flock", "os.chmod", "folders"])
+def test_file_systems_that_can_do_less(job, tmp_path, broken):
+    """No flock (Lustre), no permissions (SMB, exFAT), no flush of a folder: the run goes on, with its best/ and all."""
+    args, _, _ = job
+    patch = f"{broken} = refuse" if broken != "folders" else (
+        "sync = os.fsync; os.fsync = lambda fd: refuse() if stat.S_ISDIR(os.fstat(fd).st_mode) else sync(fd)")
+    code, said = start("-c", "import errno, fcntl, os, runpy, stat, sys\ndef refuse(*args, **kwargs): raise OSError(errno.ENOTSUP, 'not here')\n"
+                       f"{patch}\nsys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')",
+                       "train.py", *args, "--max_iters=2", "--eval_interval=1", f"--out_dir={tmp_path / 'out'}", cwd=ROOT)
+    assert code == 0 and ("cannot be locked (not here)" in said) == (broken == "fcntl.flock"), said
+    for name in ("last", "former", "best"):
+        ScaleDown.from_pretrained(tmp_path / "out" / name)
+
+
+def test_a_folder_that_is_locked_or_damaged_is_not_used(job, trained, tmp_path):
+    """A lock that another process holds is reported as EACCES by some systems; a flush that failed is no flush."""
+    args, _, _ = job
+    for patch, says in (("fcntl.flock = lambda *a: refuse(errno.EACCES)", "another train.py is at work"),
+                        ("sync = os.fsync; os.fsync = lambda fd: refuse(errno.EIO) if stat.S_ISDIR(os.fstat(fd).st_mode) else sync(fd)",
+                         "could not be written")):
+        code, said = start("-c", "import errno, fcntl, os, runpy, stat, sys\ndef refuse(n): raise OSError(n, os.strerror(n))\n"
+                           f"{patch}\nsys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')",
+                           "train.py", *args, "--max_iters=1", f"--out_dir={tmp_path / 'out'}", cwd=ROOT)
+        assert code == 1 and says in said and "Traceback" not in said, said
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_scores_that_drown_the_answers_are_said(job, tmp_path):
+    args, _, _ = job
+    for scale in (1.0, 30.0):
+        rows = [{**x, "reranking_scores": [scale * s for s in x["reranking_scores"]]} for x in EXAMPLES]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+        said = run("train.py", *args, f"--train_data={tmp_path / 'train.jsonl'}", "--max_iters=1", f"--out_dir={tmp_path}/{scale}")
+        assert ("reranking_scores are large: they begin with a loss of" in said) == (scale > 1)
+        if scale > 1:  # by hand, and of the size that the first step has
+            mean = 0.05 * 900 * sum(s * s for x in EXAMPLES for s in x["reranking_scores"]) / 3
+            assert f"a loss of {mean:,.0f}," in said
+            assert metrics(tmp_path / str(scale))[1]["reranking"] * 0.05 > mean / 3
+
+
 def test_text_that_is_not_utf8_in_a_setting(tmp_path):
     for script, setting in (("train.py", b"--out_dir=\xe9t\xe9"), ("sample.py", b"--docs=\xff.txt"), ("train.py", b"caf\xe9.py")):
         code, said = start(f"{ROOT}/{script}", os.fsdecode(setting), cwd=tmp_path)
@@ -273,6 +328,12 @@ def test_config_files(tmp_path):
         (tmp_path / "mine.py").write_text(text)
         with pytest.raises(SystemExit, match=f"mine.py, line {line}: .* sets nothing"):
             configure(dict(settings), [str(tmp_path / "mine.py")])
+    for name in "ab":  # two neighbours of the same name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "base.py").write_text(f"{dict(a='batch_size', b='max_iters')[name]} = 9")
+        (tmp_path / name / "mine.py").write_text("from base import *")
+    got = configure(dict(settings), [str(tmp_path / name / "mine.py") for name in "ab"])
+    assert (got["batch_size"], got["max_iters"]) == (9, 9)
     assert configure(dict(settings), ["--out_dir=~/x"])["out_dir"] == os.path.expanduser("~/x")
 
 
