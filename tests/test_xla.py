@@ -148,7 +148,8 @@ dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: N
 dist.new_group = lambda **kwargs: None
 dist.get_rank, dist.get_world_size = xr.global_ordinal, lambda: 2
 signal.signal = lambda *args: None
-os.environ.update(RANK="0", WORLD_SIZE="2")  # as under torchrun
+# as under torchrun
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
 source = compile(open("train.py").read(), "train.py", "exec")
 
 def replica():
