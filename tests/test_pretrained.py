@@ -10,6 +10,8 @@ import transformers as tf
 from conftest import CHATML, EXAMPLES, run
 from safetensors.torch import load_file, save_file
 from test_model import build
+from tokenizers import AddedToken
+from tokenizers.normalizers import Lowercase
 
 from compressor import ModernBERTCompressor
 from model import Prompt, ScaleDown, ScaleDownConfig
@@ -75,9 +77,25 @@ def test_an_end_of_turn_that_is_not_marked_as_special_is_one(tiny):
     assert ids.count(tokenizer.convert_tokens_to_ids("hound")) == 1  # an added word is none
 
 
+def test_a_control_token_is_one_in_small_letters_too_where_the_tokeniser_lowers_text(tiny):
+    tokenizer = load_tokenizer(tiny("gpt2"))
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    tokenizer.add_special_tokens({"sep_token": AddedToken("[END]", normalized=True, special=True)})
+    for text in ("a [END] b", "a [end] b"):
+        assert tokenizer.sep_token_id in tokenizer(text).input_ids
+        assert tokenizer.sep_token_id not in tokenizer(plain_text(tokenizer)(text)).input_ids
+
+
+def test_a_tokeniser_without_offsets_is_refused_in_a_line(tmp_path):
+    tf.CanineTokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="slow tokeniser .CanineTokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
 # ---- models
 
-def test_no_code_of_a_model_is_run_or_asked_about(job, tiny, tmp_path):
+def test_no_code_of_a_model_is_run_or_asked_about(job, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "y")  # transformers would ask
     args, _, _ = job
     folder = copy_of(tiny("llama"), tmp_path, auto_map={"AutoTokenizer": ["tokenization_x.X", None]}, tokenizer_class="X")
     (tmp_path / "copy/tokenization_x.py").write_text(f"open('{tmp_path}/ran', 'w')")
