@@ -45,12 +45,15 @@ from transformers import (
 )
 
 import prepare
-from compressor import ModernBERTCompressor, NLayersCompressor, layer_list, packed_attention
+from checkpoint import read_config
+from compressor import compressor_class
 from configurator import at_least, configure, fail, torch_device
 from data import document_text
+from flops import StepFlops
 from lora import LoRALinear, layers
-from model import ScaleDown, ScaleDownConfig, read_config
-from pretrained import first_line, load_model
+from model import ScaleDown, ScaleDownConfig
+from packed import packed_attention
+from pretrained import decoder_layers, first_line, load_model
 
 # -----------------------------------------------------------------------------
 what = "flops"  # or time, train, attention, lora, decode, prepare
@@ -134,7 +137,8 @@ def random_weights(device):
     for cls in (AutoModel, AutoModelForCausalLM):
         stack.enter_context(patch.object(cls, "from_pretrained", classmethod(made)))
     if device == "meta":  # no numbers to look at
-        stack.enter_context(patch("compressor.embedding_std", lambda embed: 1.0))
+        for name in ("compressor", "model"):
+            stack.enter_context(patch(f"{name}.embedding_std", lambda embed: 1.0))
         stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: True))
         stack.enter_context(patch("torch.is_autocast_enabled", lambda *_: False))  # torch 2.9 knows no meta there
     return stack
@@ -163,7 +167,7 @@ def generator_tflop(model, prompt, answer_tokens):
 
 def compression_tflop(c, k):
     """Of reading a query and k documents of as many tokens as there can be."""
-    q, d = c.query_tokens, c.doc_tokens
+    q, d = c.config.query_tokens, c.config.doc_tokens
     ids = lambda *shape: torch.zeros(*shape, dtype=torch.long)
     mask = lambda *shape: torch.ones(*shape, dtype=torch.bool)
     if not c.packed:
@@ -175,19 +179,23 @@ def separate_tflop(c, k, query):
     """The same as transformers makes it: k passes over `query` tokens, a document and the memory tokens."""
     config = deepcopy(c.backbone.config)
     plain = AutoModel.from_config(config, attn_implementation=config._attn_implementation.removeprefix("packed_"))
-    memory = torch.zeros(1, k, c.num_memory_tokens, config.hidden_size)
-    rows = torch.zeros(k, query + c.doc_tokens + c.num_memory_tokens, config.hidden_size)
+    memory = torch.zeros(1, k, c.config.num_memory_tokens, config.hidden_size)
+    rows = torch.zeros(k, query + c.config.doc_tokens + c.config.num_memory_tokens, config.hidden_size)
     return tflop(lambda: (plain(inputs_embeds=rows, use_cache=False), c.projection(memory)))
 
 
-def compressors_of(folders, name, l):
+def make_compressor(config, model):
+    return compressor_class(config.compressor_type)(config, model)
+
+
+def compressors_of(folders, name, model, l):
     """Every compressor of the paper that fits, and ModernBERT."""
-    sizes = dict(num_memory_tokens=l, query_tokens=query_tokens, doc_tokens=doc_tokens)
-    made = {f"n_layers_{n}": NLayersCompressor(folders[name], n, **sizes) for n in (5, 8, 10)
+    sizes = dict(generator=folders[name], num_memory_tokens=l, query_tokens=query_tokens, doc_tokens=doc_tokens)
+    made = {f"n_layers_{n}": ScaleDownConfig(num_layers=n, **sizes) for n in (5, 8, 10)
             if n <= SHAPES[name].num_hidden_layers}
     for kind, other in (("llama_1b", "llama-3.2-1b"), ("modernbert", "modernbert-base")):
-        made[kind] = ModernBERTCompressor(folders[other], SHAPES[name].hidden_size, **sizes)
-    return made
+        made[kind] = ScaleDownConfig(compressor_type="modernbert", compressor_model=folders[other], **sizes)
+    return {kind: make_compressor(config, model) for kind, config in made.items()}
 
 
 def flops_row(name, kind, compression, generation, full, **sizes):
@@ -210,12 +218,12 @@ def bench_flops():
                 for l in numbers("num_memory_tokens", num_memory_tokens):
                     short = generator_tflop(model, k * l + k - 1 + query_tokens, answer_tokens)  # SEPs between them
                     costs = {}
-                    for kind, c in compressors_of(folders, name, l).items():
+                    for kind, c in compressors_of(folders, name, model, l).items():
                         costs[kind] = compression_tflop(c, k)
                         if c.packed:
                             costs[f"{kind}_separate"] = separate_tflop(c, k, query_tokens)
                             costs[f"{kind}_separate_without_query"] = separate_tflop(c, k, 0)
-                            del layer_list(c.backbone)[-1].forward  # the whole of the last layer
+                            del decoder_layers(c.backbone)[-1].forward  # the whole of the last layer
                             costs[f"{kind}_packed"] = compression_tflop(c, k)
                     sizes = dict(docs=k, query_tokens=query_tokens, doc_tokens=doc_tokens, num_memory_tokens=l,
                                  answer_tokens=answer_tokens)
@@ -237,15 +245,13 @@ def bench_flops():
 def run_row(out_dir):
     """What a query costs in a run of train.py, with its own sizes, and the exact match that it reached."""
     try:
-        _, c = read_config(f"{out_dir}/best")
+        c = ScaleDownConfig(**read_config(f"{out_dir}/best", ScaleDownConfig)[1])
         k = torch.load(f"{out_dir}/last/optimizer.pt", weights_only=True, mmap=True)["run"]["num_documents"]
         with open(f"{out_dir}/metrics.jsonl") as f:
             scored = [x for x in map(loads, f) if "em" in x]
         model = load_model(AutoModelForCausalLM, c.generator)
         sizes = dict(num_memory_tokens=c.num_memory_tokens, query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
-        more = dict(sizes, enable_reranking=c.enable_reranking)
-        compressor = (NLayersCompressor(c.generator, c.num_layers, **more) if c.compressor_type == "n_layers" else
-                      ModernBERTCompressor(c.compressor_model, model.config.hidden_size, c.projection_hidden, **more))
+        compressor = make_compressor(c, model)
     except (ValueError, OSError) as e:
         fail(first_line(e))
     if not scored:
@@ -335,7 +341,7 @@ def read_separately(compressor):
     if compressor.packed:
         compressor.packed, backbone = False, compressor.backbone
         backbone.set_attn_implementation(backbone.config._attn_implementation.removeprefix("packed_"))
-        del layer_list(backbone)[-1].forward
+        del decoder_layers(backbone)[-1].forward
 
 
 def with_peft(model):
@@ -499,7 +505,7 @@ def training(name, n, kind):
             optimizer.step()
             optimizer.zero_grad()
         return loss.detach()
-    return model, step, model.count(batch)[1]
+    return model, step, StepFlops(model).count(batch)[1]
 
 
 def bench_train():
@@ -625,31 +631,28 @@ def bench_decode():
     model, rows = build(compressors.split(",")[0], inference=True), []
     model.generator.generation_config.eos_token_id = None  # theirs, too, writes answer_tokens tokens
     compiled = deepcopy(model)
-    compiled.compile_next()
-    print(f"{generator} on {device}, {dtype}: {answer_tokens} tokens behind {docs} compressed documents")
+    compiled.decoder.compile()
+    print(f"{generator} on {device}, {dtype}: {answer_tokens} tokens after {docs} compressed documents")
     for n in numbers("batch", batch):
         asked = [x["query"] for x in examples(n)], [x["documents"] for x in examples(n)]
         x, mask = model.embed_prompts(*asked)
-        beginning = model.beginning()
+        prefix = len(model.before_ids)
 
-        def ours(x=x, mask=mask, beginning=beginning):
-            return model.decode(x, mask, answer_tokens, 0.0, 0, beginning)
+        def ours(model=model, x=x, mask=mask, prefix=prefix):
+            return model.decoder.generate(x, mask, answer_tokens, model.stop_ids, prefix=prefix)
 
         def theirs(x=x, mask=mask):
             with torch.no_grad():
                 return model.generator.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=answer_tokens,
                                                 do_sample=False, pad_token_id=0)
-        with patch.object(model.tokenizer, "batch_decode", lambda rows, **_: list(map(str, rows))):  # ids, not text
-            answers = ours()
-        cut = lambda row: row[:row.index(model.prompt.end_id)] if model.prompt.end_id in row else row
-        same = sum(answer == str(cut(row)) for answer, row in zip(answers, theirs().tolist()))
+        same = sum(a == b for a, b in zip(ours(), theirs().tolist()))
         print(f"batch {n}: {same} of {n} answers are the same")
         if dtype == "float32" and same < n:
             fail("the two generations do not agree")
         ways = {"ours": ours, "transformers": theirs}
         taken = seconds(ways)
         if device.startswith("cuda"):
-            taken |= seconds({"ours, compiled": partial(compiled.decode, x, mask, answer_tokens, 0.0, 0, beginning)})
+            taken |= seconds({"ours, compiled": partial(ours, compiled)})
         base = statistics.median(taken["transformers"])
         for name, s in taken.items():
             rows.append(dict(name=name, batch=n, tokens_per_s=[n * answer_tokens / t for t in s]))

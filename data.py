@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from distributed import print0
+
 
 def file_sha256(path):
     digest = sha256()
@@ -230,6 +232,41 @@ class Chunks(Documents):
         cut = lambda n: text[offsets[n][0]:offsets[n + size - 1][1]].strip()
         return dict(query=self.CONTINUE if pieces == 2 else self.REPEAT, documents=[cut(start)],
                     answer=cut(start + (pieces - 1) * size))
+
+
+def text_length(x):
+    """What tells examples apart in length; documents are mostly cut to doc_tokens."""
+    return len(x["query"] + x["answer"])
+
+
+def warn_of_large_scores(examples, num_documents, rerank_lambda):
+    """One line when the reranking_scores are so large that the loss of the answers is lost next to theirs."""
+    squares = [sum(s * s for s in x["reranking_scores"][:num_documents])
+               for x in map(examples.__getitem__, range(min(1000, len(examples))))]
+    begin = rerank_lambda * sum(squares) / len(squares)
+    if begin > 50:  # answers begin at a loss of 2 to 6
+        print0(f"reranking_scores are large: they begin with a loss of {begin:,.0f}, next to which the answers' is "
+               "lost: take a cross-encoder's scores, or a smaller rerank_lambda")
+
+
+class StepExamples:
+    """The examples of every training step: item `step` is a list of (number in the data set, example). Every epoch is a
+    permutation that depends on the seed alone, so that a resumed run and any number of processes see the same examples
+    at the same step. Within the step they are sorted by length, so that a micro-batch holds little padding."""
+
+    def __init__(self, examples, per_step, seed):
+        self.examples, self.per_step, self.seed, self.orders = examples, per_step, seed, {}
+
+    def order(self, epoch):
+        if epoch not in self.orders:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
+            self.orders = {epoch - 1: self.orders.get(epoch - 1), epoch: order}  # a step may lie in two epochs
+        return self.orders[epoch]
+
+    def __getitem__(self, step):
+        n = len(self.examples)
+        numbers = [int(self.order(i // n)[i % n]) for i in range(step * self.per_step, (step + 1) * self.per_step)]
+        return sorted(((i, self.examples[i]) for i in numbers), key=lambda pair: text_length(pair[1]))
 
 
 class Store:

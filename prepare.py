@@ -63,11 +63,20 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
-from compressor import layer_list, left_pad
+from compressor import left_pad
 from configurator import at_least, configure, fail, torch_device, under_torchrun
 from data import document_text, file_sha256, mean_scores, read_lines
-from model import Prompt, chat_messages
-from pretrained import ModelError, first_line, load_config, load_model, load_tokenizer, longest_text, note
+from pretrained import (
+    ModelError,
+    decoder_layers,
+    first_line,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_text,
+    note,
+)
+from prompt import Prompt, chat_messages
 
 # -----------------------------------------------------------------------------
 dataset = "toy"  # the result goes into data/NAME
@@ -1410,7 +1419,7 @@ def train_llm(tokenizer, rng):
 def fit(model, steps, loss_of, desc):
     """Trains a model on the loss of every step, loss_of(step)."""
     # Muon learns to look answers up in a third of AdamW's steps; it is for matrices, not for the table of embeddings
-    matrices = [p for p in layer_list(model).parameters() if p.dim() == 2]
+    matrices = [p for p in decoder_layers(model).parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() == 1] + [model.get_input_embeddings().weight]
     optimizers = [torch.optim.Muon(matrices, lr=0.03, weight_decay=0.0),
                   torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)]

@@ -6,8 +6,13 @@ cannot work here, and given text from outside (documents, queries, answers) that
 import os
 import re
 import sys
+from hashlib import sha256
+from inspect import signature
+from zlib import crc32
 
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
 
 from configurator import under_torchrun
 
@@ -97,3 +102,96 @@ def longest_text(model, tokenizer):
     """The largest number of tokens that a model and its tokeniser take."""
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
     return min(tokenizer.model_max_length, positions - first_position(model))
+
+
+def embedding_std(embed):
+    """How large the embeddings are that a model is used to: learned ones start so too. Asked of the module, not of its
+    weight, because some models (Gemma) scale inside it."""
+    with torch.no_grad():
+        return embed(torch.arange(min(1000, embed.num_embeddings))).float().std().item()
+
+
+def decoder_layers(model):
+    """The list of a transformer's layers."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList)
+                and len(m) == model.config.num_hidden_layers)
+
+
+def other_layers(config):
+    """The kinds of layers that are not attention decided by a mask and position ids: a recurrence or a convolution
+    would carry one document over into the next."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", [])
+    return {*kinds} - {"full_attention", "sliding_attention", "global"}
+
+
+def first_layers(name, n, norm=True):
+    """The first n layers of a causal LM, without head, in float32; norm: with its final norm. Raises ValueError where n
+    is not within its layers, or these are not all of attention that a mask and position ids decide."""
+    config = load_config(name)
+    if not 1 <= n <= config.num_hidden_layers:
+        raise ValueError(f"num_layers={n}, but {name} has {config.num_hidden_layers} layers")
+    config.num_hidden_layers = n
+    if getattr(config, "layer_types", None):  # models that mix full and sliding attention name each layer's kind
+        config.layer_types = config.layer_types[:n]
+    if other := other_layers(config):
+        raise ValueError(f"{name} has layers of type {other.pop()}: n_layers needs plain attention in all")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or a table of the layers after the first n, which are left out on purpose
+    try:
+        model = load_model(AutoModel, name, config, dtype=torch.float32)
+    finally:
+        logging.set_verbosity(verbosity)
+    if not norm:
+        final = [child for child, m in model.named_children() if "norm" in type(m).__name__.lower()]
+        if len(final) != 1:
+            raise ValueError(f"compressor_norm=False, but {name} has not one final norm but {len(final)}")
+        setattr(model, final[0], nn.Identity())
+    return model
+
+
+def fingerprint(model):
+    """Fingerprint of a frozen model, independent of its folder's path, its dtype and its parameters' names: a digest of
+    the checksums of all its weights in bfloat16 (4 GB/s on one core)."""
+    shape = model.config
+    sums = sorted(crc32(p.detach().cpu().bfloat16().flatten().view(torch.int16).numpy()) for p in model.parameters())
+    return dict(model_type=shape.model_type, num_hidden_layers=shape.num_hidden_layers,
+                hidden_size=model.get_input_embeddings().embedding_dim, vocab_size=shape.vocab_size,
+                weights_crc32=sha256(repr(sums).encode()).hexdigest()[:16])
+
+
+def load_generator(name, dtype):
+    """A causal LM of plain attention that takes position ids. Raises ValueError for others."""
+    model = load_model(AutoModelForCausalLM, name, dtype=dtype)
+    if "position_ids" not in signature(model.forward).parameters or getattr(model.config, "alibi", False):
+        raise ValueError(f"{name} takes no position ids (ALiBi, or a recurrence), which are needed here")
+    if other := other_layers(model.config):
+        raise ValueError(f"{name} has layers of type {other.pop()}: all must be of plain attention")
+    if experts := sum(p.numel() for p in model.parameters() if p.dim() == 3):
+        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        note(f"{name}: {experts:,} weights of experts, fused to one tensor a layer, get no LoRA"
+             + ("; PEFT cannot load this adapter: it takes the names of shared and dense layers for those of the "
+                "experts" if linear & {"gate_proj", "up_proj", "down_proj"} else ""))
+    return model
+
+
+def probe_compressor(compressor, name):
+    """Reads a document alone and next to a longer one: both must give the same hidden states, or padding or the
+    neighbour is seen. Parameters of rows' backbones that this does not use (Longformer's global attention) are frozen:
+    they would never get a gradient, which DDP waits for. Raises ValueError in one line, before any work."""
+    c = compressor
+    read = lambda *docs: c.read(c.learned_tokens(), **c.tokenize(["x"], [[*docs]], len(docs)))[0, 0]
+    try:
+        with torch.no_grad():
+            together = read("x", "x " * min(16, c.config.doc_tokens))
+        with torch.set_grad_enabled(not c.packed):
+            alone = read("x")
+        if not c.packed:
+            alone.sum().backward()
+    except Exception as e:  # each architecture fails in its own way
+        raise ValueError(f"{name} cannot be a compressor: {first_line(e)}") from e
+    if not torch.allclose(alone, together, rtol=0, atol=1e-3 * together.abs().max().item()):
+        raise ValueError(f"{name} cannot be a compressor: next to a longer document it reads one differently than "
+                         "alone, as it does not heed the attention mask")
+    for p in c.backbone.parameters() if not c.packed else ():
+        p.requires_grad_(p.grad is not None)
+    c.zero_grad()

@@ -43,8 +43,9 @@ from data import (
     trec_order,
 )
 from lora import merge_and_unload
-from model import ScaleDown, render, with_system
+from model import ScaleDown
 from pretrained import first_line, load_model, load_tokenizer, plain_text
+from prompt import render, with_system
 
 # -----------------------------------------------------------------------------
 out_dir = "out/toy/best"  # a checkpoint
@@ -136,7 +137,7 @@ except (ValueError, OSError) as e:
 if keep and not model.config.enable_reranking:
     fail(f"{out_dir} was trained without enable_reranking: it has no relevance to keep documents by")
 if compile:
-    model.compile_next()
+    model.decoder.compile()
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]
 for x in examples:
     x["documents"] = x["documents"][:candidates or None]

@@ -2,12 +2,14 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, Lfm2Config
 
 from compressor import ModernBERTCompressor, NLayersCompressor, left_pad
+from model import ScaleDownConfig
 
 QUERIES = ["who is the mayor of Loku?", "it?"]
 DOCUMENTS = [["The mayor of Loku is Tuson.", "red", "Mara keeps a hound near the river. The bridge is made of stone."],
@@ -17,7 +19,17 @@ DECODERS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "gpt2"]
 
 def n_layers(folder, **kwargs):
     torch.manual_seed(0)
-    return NLayersCompressor(folder, **{**dict(num_layers=2, num_memory_tokens=3, enable_reranking=True), **kwargs}).eval()
+    sizes = {**dict(num_layers=2, num_memory_tokens=3, enable_reranking=True), **kwargs}
+    return NLayersCompressor(ScaleDownConfig(generator=folder, **sizes), None).eval()
+
+
+def modernbert(folder, d, projection_hidden=20, generator_std=1.0, **sizes):
+    """For a generator of hidden size d."""
+    generator = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(9, d))
+    config = ScaleDownConfig(compressor_model=folder, projection_hidden=projection_hidden, **sizes)
+    c = ModernBERTCompressor(config, generator)
+    c.generator_std = generator_std
+    return c
 
 
 def plain(c):
@@ -31,7 +43,7 @@ def plain(c):
 
 def separate(c, backbone, query, document):
     """One causal pass over [query document MEM RR], without mask, positions or padding of ours."""
-    ids = c.start + c.tokens([query], c.query_tokens)[0] + c.between + c.tokens([document], c.doc_tokens)[0] + c.end
+    ids = c.start + c.tokens([query], c.config.query_tokens)[0] + c.between + c.tokens([document], c.config.doc_tokens)[0] + c.end
     x = torch.cat([c.backbone.get_input_embeddings()(torch.tensor([ids])), c.learned_tokens()[None]], dim=1)
     h = backbone(inputs_embeds=x).last_hidden_state[:, len(ids):]
     return h[0, :-1], c.score_head(h[0, -1])
@@ -98,7 +110,7 @@ def test_first_layers_are_the_whole_models(tiny, name):
     c = n_layers(tiny(name))
     whole = AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32).eval()
     ids = torch.randint(5, 300, (2, 11), generator=torch.Generator().manual_seed(0))
-    hidden = whole(ids, output_hidden_states=True).hidden_states[2]  # behind the second layer
+    hidden = whole(ids, output_hidden_states=True).hidden_states[2]  # after the second layer
     norm = getattr(whole.base_model, "norm", None) or whole.base_model.ln_f
     torch.testing.assert_close(plain(c)(ids).last_hidden_state, norm(hidden), atol=1e-4, rtol=1e-4)
 
@@ -106,8 +118,7 @@ def test_first_layers_are_the_whole_models(tiny, name):
 @pytest.mark.parametrize("name", ["modernbert", "bert", "roberta", "llama_small"])
 def test_modernbert_rows_equal_plain_passes_without_padding(tiny, name):
     torch.manual_seed(0)
-    c = ModernBERTCompressor(tiny(name), generator_hidden=24, projection_hidden=20, num_memory_tokens=3,
-                             enable_reranking=True).eval()
+    c = modernbert(tiny(name), 24, num_memory_tokens=3, enable_reranking=True).eval()
     memory, scores = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))
     assert memory.shape == (2, 4, 3, 24) and memory.isfinite().all() and scores.isfinite().all()
     backbone = AutoModel.from_pretrained(tiny(name), dtype=torch.float32).eval()
@@ -129,8 +140,8 @@ def test_modernbert_rows_equal_plain_passes_without_padding(tiny, name):
 def test_documents_alone(tiny, name):
     """Without query_dependent a document is read by itself, whatever is asked, in one pass and exactly."""
     kwargs = dict(num_memory_tokens=3, query_dependent=False)
-    c = (ModernBERTCompressor(tiny(name), 24, 20, **kwargs) if name == "modernbert" else
-         NLayersCompressor(tiny(name), 2, **kwargs)).eval()
+    c = (modernbert(tiny(name), 24, **kwargs) if name == "modernbert" else
+         n_layers(tiny(name), **kwargs, enable_reranking=False)).eval()
     c.start = [] if name == "qwen2" else c.start  # whose tokeniser has no BOS
     memory, _ = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))
     other, _ = c(**c.tokenize(QUERIES[::-1], DOCUMENTS, k=4, fixed=True))
@@ -149,7 +160,7 @@ def test_query_and_document_do_not_share_their_tokens(tiny, kind):
     """A query and a document at their limits are read whole, what goes beyond is not."""
     sizes = dict(num_memory_tokens=2, query_tokens=4, doc_tokens=6)
     c = (n_layers(tiny("llama"), **sizes) if kind == "n_layers" else
-         ModernBERTCompressor(tiny("bert"), 24, 20, **sizes)).eval()
+         modernbert(tiny("bert"), 24, **sizes)).eval()
     words = "a b c d e f g h i j".split()
     def memory(q, d):
         return c(**c.tokenize([" ".join(words[:q])], [[" ".join(words[:d])]], k=1))[0]
@@ -183,8 +194,8 @@ def test_documents_longer_than_the_attention_window_are_read_in_rows(tiny):
 
 def test_a_document_longer_than_the_learned_positions_is_refused(tiny):
     for build, n in ((lambda **k: n_layers(tiny("gpt2"), **k), 512),
-                     (lambda **k: ModernBERTCompressor(tiny("bert"), 24, 20, **k), 512),
-                     (lambda **k: ModernBERTCompressor(tiny("roberta"), 24, 20, **k), 511)):  # counts from 1
+                     (lambda **k: modernbert(tiny("bert"), 24, **k), 512),
+                     (lambda **k: modernbert(tiny("roberta"), 24, **k), 511)):  # counts from 1
         with pytest.raises(ValueError, match=f"are longer than the compressor's {n} positions"):
             build(doc_tokens=500)
         most = n - build(doc_tokens=1).longest + 1  # as long as can be
@@ -211,7 +222,7 @@ def test_left_pad():
 
 @pytest.mark.parametrize("d", [24, 40])
 def test_the_projection_begins_as_an_isometry(tiny, d):
-    c = ModernBERTCompressor(tiny("bert"), d, projection_hidden=70, num_memory_tokens=3, generator_std=0.25)
+    c = modernbert(tiny("bert"), d, 70, num_memory_tokens=3, generator_std=0.25)
     h = c.backbone(inputs_embeds=c.memory_tokens[None]).last_hidden_state  # (1, 3, 32)
     torch.testing.assert_close(c.projection(h), torch.nn.functional.pad(h, (0, d - 32)), atol=1e-5, rtol=1e-4)
     memory, _ = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))
@@ -229,9 +240,9 @@ def test_memory_tokens_begin_near_the_encoders_mask(tiny, tmp_path, name):
     tokenizer = AutoTokenizer.from_pretrained(tiny(name), mask_token="</s>")
     tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    c = ModernBERTCompressor(str(tmp_path), 24, 70, num_memory_tokens=5)
+    c = modernbert(str(tmp_path), 24, 70, num_memory_tokens=5)
     torch.manual_seed(0)
-    without = ModernBERTCompressor(tiny(name), 24, 70, num_memory_tokens=5)  # its tokeniser has no mask
+    without = modernbert(tiny(name), 24, 70, num_memory_tokens=5)  # its tokeniser has no mask
     table = encoder.get_input_embeddings().weight
     mask = tokenizer.convert_tokens_to_ids("</s>")
     assert (torch.cdist(c.memory_tokens, table).argmin(dim=1) == mask).all()

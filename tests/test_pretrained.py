@@ -9,13 +9,14 @@ import torch
 import transformers as tf
 from conftest import CHATML, EXAMPLES, run
 from safetensors.torch import load_file, save_file
+from test_compressor import modernbert
 from test_model import build
 from tokenizers import AddedToken
 from tokenizers.normalizers import Lowercase
 
-from compressor import ModernBERTCompressor
-from model import Prompt, ScaleDown, ScaleDownConfig
+from model import ScaleDown, ScaleDownConfig
 from pretrained import load_config, load_tokenizer, plain_text
+from prompt import Prompt
 
 
 def copy_of(folder, tmp_path, name="copy", **tokenizer_config):
@@ -31,7 +32,7 @@ def test_a_text_s_beginning_is_kept_whatever_the_tokeniser_s_sides(tiny, tmp_pat
     folder = copy_of(tiny("bert"), tmp_path, truncation_side="left", padding_side="left")
     generator = copy_of(tiny("llama"), tmp_path, "generator", truncation_side="left")
     text = "Mara keeps a red hound near the river."
-    plain, sided = (ModernBERTCompressor(f, 32, 20, 2).tokens([text], 4) for f in (tiny("bert"), folder))
+    plain, sided = (modernbert(f, 32).tokens([text], 4) for f in (tiny("bert"), folder))
     assert plain == sided and load_tokenizer(folder).padding_side == "right"
     assert Prompt(load_tokenizer(generator)).cut([text], 3) == Prompt(load_tokenizer(tiny("llama"))).cut([text], 3)
     assert text.startswith(Prompt(load_tokenizer(generator)).cut([text], 3)[0])
@@ -131,14 +132,14 @@ SIZES = dict(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_la
 def test_what_cannot_be_a_compressor_is_refused_in_a_line(tiny, tmp_path, make, why):
     folder = save_encoder(tiny, tmp_path, make())
     with pytest.raises(ValueError, match=why) as e:
-        ModernBERTCompressor(folder, 32, 20, 2)
+        modernbert(folder, 32)
     assert folder in str(e.value) and "\n" not in str(e.value)
 
 
 def test_weights_that_no_pass_uses_are_frozen(tiny, tmp_path):
     """Longformer's attention to global tokens, of which there are none; the others all learn."""
     model = tf.LongformerModel(tf.LongformerConfig(**SIZES, attention_window=16, max_position_embeddings=300))
-    c = ModernBERTCompressor(save_encoder(tiny, tmp_path, model), 32, 20, 2)
+    c = modernbert(save_encoder(tiny, tmp_path, model), 32)
     frozen = [name for name, p in c.named_parameters() if not p.requires_grad]
     assert frozen and all("_global" in name for name in frozen)
     memory, _ = c(**c.tokenize(["who?"], [["a hound", "the river near it"]], 2))

@@ -15,9 +15,9 @@ from conftest import EXAMPLES, ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
-from compressor import layer_list
 from data import Store, document_text, interval, ndcg, read_qrels
 from model import ScaleDown, ScaleDownConfig
+from pretrained import decoder_layers
 
 CPU = ["--device=cpu", "--dtype=float32"]
 README = os.path.join(ROOT, "README.md")
@@ -170,7 +170,7 @@ def test_the_judge_replies_with_a_letter(ranker, asked, tiny, tmp_path, name):
     folder, rows, _ = asked
     tokenizer, model = AutoTokenizer.from_pretrained(tiny(name)), AutoModelForCausalLM.from_pretrained(tiny(name))
     with torch.no_grad():  # it heeds what it reads: not the same letter every time
-        for parameter in layer_list(model).parameters():
+        for parameter in decoder_layers(model).parameters():
             parameter.mul_(4 if parameter.dim() == 2 else 1)
     tokenizer.save_pretrained(tmp_path / "judge")
     model.save_pretrained(tmp_path / "judge")

@@ -149,7 +149,7 @@ def test_best_stays_the_best(job, trained, tmp_path):
     names = sorted({*os.listdir(f"{kept}/last")} - {"SHA256SUMS"})
     (kept / "last/SHA256SUMS").write_text("".join(f"{file_sha256(f'{kept}/last/{name}')}  {name}\n" for name in names))
     run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", "--max_iters=11")
-    for old, new, same in (("best", "best", True), ("last", "former", True), ("last", "last", False)):
+    for old, new, same in (("best", "best", True), ("last", "previous", True), ("last", "last", False)):
         old, new = (open(f"{d}/compressor.safetensors", "rb").read() for d in (f"{out_dir}/{old}", f"{kept}/{new}"))
         assert (old == new) == same
 
@@ -187,7 +187,7 @@ def test_bad_input_to_train(job, tmp_path):
     assert "device is cpu, cuda" in run("train.py", *fresh, "--device=abacus", ok=False)
     assert "compressor_lr must be at least 0, not -0.1" in run("train.py", *fresh, "--compressor_lr=-0.1", ok=False)
     assert "beta1 and beta2 must be less than 1" in run("train.py", *fresh, "--beta2=1.0", ok=False)
-    assert "compressor_type is n_layers or modernbert" in run("train.py", *fresh, "--compressor_type=zip", ok=False)
+    assert "compressor_type is n_layers, modernbert or module.Class" in run("train.py", *fresh, "--compressor_type=zip", ok=False)
     assert "holds no checkpoint" in run("train.py", *fresh, "--init_from=resume", ok=False)
     assert "does not divide among 3 processes" in torchrun(3, "train.py", *fresh, ok=False)
     assert "fsdp=True takes several processes" in run("train.py", *fresh, "--fsdp=True", ok=False)
@@ -279,7 +279,7 @@ def test_file_systems_that_can_do_less(job, tmp_path, broken):
                        f"{patch}\nsys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')",
                        "train.py", *args, "--max_iters=2", "--eval_interval=1", f"--out_dir={tmp_path / 'out'}", cwd=ROOT)
     assert code == 0 and ("cannot be locked (not here)" in said) == (broken == "fcntl.flock"), said
-    for name in ("last", "former", "best"):
+    for name in ("last", "previous", "best"):
         ScaleDown.from_pretrained(tmp_path / "out" / name)
 
 

@@ -1,0 +1,284 @@
+"""
+Files that a crash at any moment leaves whole: written next to their place, flushed to disk and renamed into it; a
+model's checkpoint; and the checkpoints of a training run,
+
+    out_dir/last       what --init_from=resume goes on from
+    out_dir/previous   the one before it, used when last/ is damaged
+    out_dir/best       that of the lowest validation loss, without what only resuming needs
+    out_dir/damaged    a last/ that was found damaged, put aside
+
+A checkpoint holds config.json (settings, fingerprints of the frozen models, the prompt), compressor.safetensors, the
+LoRA in PEFT's format, SHA256SUMS and, in last/ and previous/, optimizer.pt. The frozen generator is not copied.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from configurator import fail
+from data import file_sha256
+from distributed import print0
+from lora import load_lora, load_tensors, save_lora
+from pretrained import first_line, note
+
+
+def to_disk(path):
+    """Flushes a file or folder to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:  # some file systems flush no folder
+        if not os.path.isdir(path) or e.errno in (errno.EIO, errno.ENOSPC):
+            raise
+    os.close(fd)
+
+
+@contextmanager
+def replacing(path, mode="wb"):
+    """Within it the file PATH.tmp is written; it gets its name when it is complete and on the disk."""
+    try:
+        with open(f"{path}.tmp", mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as e:
+        if e.errno and not e.filename:  # a full disk does not say which file it was
+            e.filename = str(path)
+        raise
+
+
+@contextmanager
+def replacing_folder(path, previous=None):
+    """Within it the folder PATH.tmp is filled; with checksums, and on the disk, it gets its name. The folder that had
+    it is kept as `previous`, or removed."""
+    new, old = f"{path}.tmp", previous or f"{path}.old"
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(new)
+    yield new
+    sums = "".join(f"{file_sha256(f'{new}/{name}')}  {name}\n" for name in sorted(os.listdir(new)))
+    with open(f"{new}/SHA256SUMS", "w") as f:
+        f.write(sums)
+    for name in os.listdir(new):
+        with suppress(OSError):  # some file systems know no permissions
+            os.chmod(f"{new}/{name}", 0o644)  # safetensors makes files that only their owner can read
+        to_disk(f"{new}/{name}")
+    to_disk(new)
+    if os.path.isdir(path):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.rename(new, path)
+    to_disk(os.path.dirname(path) or ".")
+    if not previous:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def damage(checkpoint):
+    """What is wrong with the files of a checkpoint; None when they are those that were written."""
+    try:
+        if not os.path.isdir(checkpoint):
+            return "is missing"
+        with open(f"{checkpoint}/SHA256SUMS") as f:
+            sums = {line[66:-1]: line[:64] for line in f}
+        return next((f"{name} is not as it was written" for name in
+                     ("adapter_config.json", "adapter_model.safetensors", "compressor.safetensors", "config.json",
+                      "optimizer.pt") if file_sha256(f"{checkpoint}/{name}") != sums.get(name)), None)
+    except (ValueError, OSError) as e:
+        return str(e)
+
+
+# ---- a model's checkpoint
+
+
+def save_weights(model, folder, tensors=None):
+    """See ScaleDown.save()."""
+    tensors = tensors or dict(model.named_parameters())
+    tensors = {name: tensors[name] for name, p in model.named_parameters() if p.requires_grad}  # no buffers
+    adapter = {name.removeprefix("generator."): t for name, t in tensors.items() if name.startswith("generator.")}
+    save_lora(model.generator, folder, model.config.generator, adapter)
+    tensors = {name: t.detach().cpu() for name, t in tensors.items() if not name.startswith("generator.")}
+    save_file(tensors, f"{folder}/compressor.safetensors")
+    with open(f"{folder}/config.json", "w") as f:
+        json.dump({**asdict(model.config), **{f"{part}_identity": x for part, x in model.identities.items()},
+                   "prompt": model.kept_prompt}, f, indent=2)
+
+
+def load_weights(model, folder):
+    """See ScaleDown.load()."""
+    saved, settings = read_config(folder, type(model.config))
+    for part, now in model.identities.items():
+        then = saved[f"{part}_identity"]
+        # a compressor has one where its backbone is frozen; of older checkpoints only the sizes can be compared
+        if then and now and any(then[key] != now[key] for key in then.keys() & now.keys()):
+            raise ValueError(f"the checkpoint {folder} was trained with another {part}: its is {then}, this is {now}")
+    if settings["lora_alpha"] != model.config.lora_alpha:
+        raise ValueError(f"the checkpoint {folder} was trained with lora_alpha={settings['lora_alpha']}, this is "
+                         f"{model.config.lora_alpha}")
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("generator.")}
+    if not settings["enable_reranking"]:
+        own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
+    tensors = load_tensors(f"{folder}/compressor.safetensors", own)
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name])
+    load_lora(model.generator, folder)
+    if saved["prompt"]:
+        model.use_prompt(saved["prompt"])
+    if saved["prompt"] != model.template_prompt:
+        template = f"the chat template of {model.config.generator}"
+        note(f"{folder} was trained with another prompt than {template} writes now: its own is used"
+             if saved["prompt"] else f"{folder} was made before prompts were kept: its prompt is taken from {template}")
+
+
+def read_config(folder, config_class):
+    """config.json of a checkpoint -> the dict that it is, and the settings in it. Settings that are younger than the
+    checkpoint have their default. Raises OSError, ValueError."""
+    path = f"{folder}/config.json"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{folder} holds no checkpoint: {path} does not exist")
+    with open(path) as f:
+        try:
+            saved = json.load(f)
+        except ValueError as e:
+            raise ValueError(f"{path} is damaged: {e}") from e
+    defaults, others = asdict(config_class()), {"generator_identity", "compressor_identity", "prompt"}
+    if not isinstance(saved, dict) or "generator_identity" not in saved or saved.keys() - defaults - others:
+        raise ValueError(f"{path} is not the config.json of a ScaleDown checkpoint")
+    return dict.fromkeys(others) | saved, {name: saved.get(name, default) for name, default in defaults.items()}
+
+
+def find_folders(config, out_dir):
+    """Makes the models' folders, whose paths count from where the training was started, paths from here."""
+    for name in ("generator", "compressor_model"):
+        path = getattr(config, name)
+        above = (folder / path for folder in Path(out_dir).resolve().parents if (folder / path).is_dir())
+        if not os.path.isdir(path):
+            setattr(config, name, str(next(above, path)))
+    return config
+
+
+# ---- the checkpoints of a training run
+
+# what may change when a run is resumed: data as long as its contents are the same, batch_size and
+# gradient_accumulation_steps as long as their product is
+MAY_DIFFER = {*"""out_dir init_from eval_only eval_interval eval_examples eval_samples log_interval sample_at_end
+    wandb_log wandb_project wandb_run_name train_data val_data generator compressor_model gradient_checkpointing
+    batch_size gradient_accumulation_steps epochs max_iters skip_nonfinite device dtype compile fsdp
+    peak_tflops""".split(), "sha256 of val_data"}
+
+
+class Checkpoints:
+    """The checkpoints in out_dir. step: that of last/, as far as this run has written or read one."""
+
+    def __init__(self, out_dir):
+        self.out_dir, self.step = out_dir, 0
+        self.last, self.previous, self.best, self.damaged = (
+            f"{out_dir}/{name}" for name in ("last", "previous", "best", "damaged"))
+
+    def exist(self):
+        return any(map(os.path.isdir, (self.last, self.previous, self.best)))
+
+    def describe(self):
+        if not self.step:
+            return "no checkpoint was written yet"
+        return f"{self.last} holds the checkpoint of step {self.step:,}"
+
+    def read_state(self, run, defaults):
+        """What save() has kept of a run, to go on with. run: the settings of this one; defaults: those that settings
+        younger than the checkpoint had. Says which differ, and fails for those that decide what is trained."""
+        state = torch.load(f"{self.last}/optimizer.pt", map_location="cpu", weights_only=True)
+        saved = {**defaults, "sha256 of val_data": run["sha256 of val_data"], **state["run"]}
+        may_differ = MAY_DIFFER | ({"num_layers", "compressor_norm"} if run["compressor_type"] == "modernbert" else
+                                   {"projection_hidden"}) | (set() if run["enable_reranking"] else {"rerank_lambda"})
+        differs = {name: f"{name}={saved.get(name)} (now {value})" for name, value in run.items()
+                   if value != saved.get(name)}
+        if wrong := [text for name, text in differs.items() if name not in may_differ]:
+            fail(f"{self.last} was trained with {', '.join(wrong)}: resume with its settings, or choose another "
+                 "out_dir")
+        differs.pop("init_from", None)
+        if differs:
+            print0(f"not as in {self.last}: {', '.join(differs.values())}")
+        if "sha256 of val_data" in differs:
+            print0("val_data is another: best/ is what is best on it from here on")
+            state["best_val_loss"] = float("inf")
+        return state
+
+    def recover(self):
+        """Sees to it that the checkpoint in last/ is whole: the previous one takes the place of a damaged one."""
+        if not os.path.isdir(self.last) and not os.path.isdir(self.previous):
+            fail(f"{self.out_dir} holds no checkpoint to resume from")
+        if wrong := damage(self.last):
+            if damage(self.previous):
+                fail(f"{self.last}: {wrong}; {self.previous}: {damage(self.previous)}: nothing to resume from")
+            if os.path.isdir(self.last):
+                shutil.rmtree(self.damaged, ignore_errors=True)
+                os.rename(self.last, self.damaged)
+            os.rename(self.previous, self.last)
+            print0(f"{self.last}: {wrong}: the previous checkpoint is used")
+
+    def lock(self):
+        """Keeps other processes out of out_dir until this one ends."""
+        self.lock_file = open(f"{self.out_dir}/.lock", "a")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # such as one that outlived a torchrun that was killed
+            fail(f"another train.py is at work in {self.out_dir}")
+        except OSError as e:
+            print0(f"{self.out_dir} cannot be locked ({e.strerror}): see to it that no other train.py works in it")
+
+    @contextmanager
+    def writing(self, what, step):
+        """A full disk and its like: one line that says which checkpoint is left."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as e:  # torch.save raises RuntimeError for a failed write
+            shutil.rmtree(f"{self.last}.tmp", ignore_errors=True)
+            shutil.rmtree(f"{self.best}.tmp", ignore_errors=True)
+            while e.__context__:  # torch.save hides the reason behind errors of its own
+                e = e.__context__
+            fail(f"step {step:,}: {what} could not be written: {first_line(e)}; {self.describe()}")
+
+    def save(self, model, tensors, state):
+        """Writes last/: the model with `tensors` (see ScaleDown.save()) and optimizer.pt with `state`."""
+        with self.writing("the checkpoint", state["step"]), replacing_folder(self.last, self.previous) as folder:
+            model.save(folder, tensors)
+            with open(f"{folder}/optimizer.pt", "wb") as f:
+                torch.save(state, f)
+
+    def copy_to_best(self):
+        """best/ as the checkpoint in last/, but for what is only there to resume from."""
+        with self.writing("best/", self.step), replacing_folder(self.best) as folder:
+            for name in {*os.listdir(self.last)} - {"optimizer.pt", "SHA256SUMS"}:  # contents alone: some file systems
+                shutil.copyfile(f"{self.last}/{name}", f"{folder}/{name}")          # know no permissions
+
+    def keep_lines(self, path, step):
+        """Leaves of a log of JSON Lines what led to `step`: what came after is said again."""
+
+        def step_of(line):
+            try:
+                return json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                return float("inf")  # what a crash has left of a line
+
+        kept = []
+        if step > 0 and os.path.isfile(path):
+            with open(path, errors="replace") as f:
+                kept = [line for line in f if line.endswith("\n") and step_of(line) <= step]
+        with replacing(path, "w") as f:
+            f.writelines(kept)
+
+    def append(self, path, entry, step):
+        """Adds a line to a log, on the disk before any checkpoint that it leads to."""
+        with self.writing(os.path.basename(path), step), open(path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
