@@ -1,6 +1,5 @@
 """
-Files that a crash at any moment leaves whole: written next to their place, flushed to disk and renamed into it; a
-model's checkpoint; and the checkpoints of a training run,
+A model's checkpoint, its adapter in PEFT's format, and the checkpoints of a training run,
 
     out_dir/last       what --init_from=resume goes on from
     out_dir/previous   the one before it, used when last/ is damaged
@@ -11,90 +10,23 @@ A checkpoint holds config.json (settings, fingerprints of the frozen models, the
 LoRA in PEFT's format, SHA256SUMS and, in last/ and previous/, optimizer.pt. The frozen generator is not copied.
 """
 
-import errno
 import fcntl
 import json
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from configurator import fail
-from data import file_sha256
 from distributed import print0
-from lora import load_lora, load_tensors, save_lora
+from files import file_sha256, replacing, replacing_folder
+from lora import layers
 from pretrained import first_line, note
-
-
-def to_disk(path):
-    """Flushes a file or folder to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:  # some file systems flush no folder
-        if not os.path.isdir(path) or e.errno in (errno.EIO, errno.ENOSPC):
-            raise
-    os.close(fd)
-
-
-@contextmanager
-def replacing(path, mode="wb"):
-    """Within it the file PATH.tmp is written; it gets its name when it is complete and on the disk."""
-    try:
-        with open(f"{path}.tmp", mode) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f"{path}.tmp", path)
-    except OSError as e:
-        if e.errno and not e.filename:  # a full disk does not say which file it was
-            e.filename = str(path)
-        raise
-
-
-@contextmanager
-def replacing_folder(path, previous=None):
-    """Within it the folder PATH.tmp is filled; with checksums, and on the disk, it gets its name. The folder that had
-    it is kept as `previous`, or removed."""
-    new, old = f"{path}.tmp", previous or f"{path}.old"
-    shutil.rmtree(new, ignore_errors=True)
-    os.makedirs(new)
-    yield new
-    sums = "".join(f"{file_sha256(f'{new}/{name}')}  {name}\n" for name in sorted(os.listdir(new)))
-    with open(f"{new}/SHA256SUMS", "w") as f:
-        f.write(sums)
-    for name in os.listdir(new):
-        with suppress(OSError):  # some file systems know no permissions
-            os.chmod(f"{new}/{name}", 0o644)  # safetensors makes files that only their owner can read
-        to_disk(f"{new}/{name}")
-    to_disk(new)
-    if os.path.isdir(path):
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    os.rename(new, path)
-    to_disk(os.path.dirname(path) or ".")
-    if not previous:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def damage(checkpoint):
-    """What is wrong with the files of a checkpoint; None when they are those that were written."""
-    try:
-        if not os.path.isdir(checkpoint):
-            return "is missing"
-        with open(f"{checkpoint}/SHA256SUMS") as f:
-            sums = {line[66:-1]: line[:64] for line in f}
-        return next((f"{name} is not as it was written" for name in
-                     ("adapter_config.json", "adapter_model.safetensors", "compressor.safetensors", "config.json",
-                      "optimizer.pt") if file_sha256(f"{checkpoint}/{name}") != sums.get(name)), None)
-    except (ValueError, OSError) as e:
-        return str(e)
-
 
 # ---- a model's checkpoint
 
@@ -166,6 +98,73 @@ def find_folders(config, out_dir):
     return config
 
 
+# ---- the adapter, in PEFT's format
+
+# What adapter_config.json may say of an adapter that is LoRALinear's and nothing more: settings that change nothing in
+# what the file's A and B mean, whatever their value, and the values that others may have. All further ones must be off.
+NEUTRAL = {*"""auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern
+    layers_to_transform lora_alpha lora_dropout megatron_core peft_version qalora_group_size r revision runtime_config
+    target_modules task_type""".split()}
+PLAIN = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal"))
+OFF = (None, False, "", [], {})
+
+
+def save_lora(model, folder, base_model, tensors=None):
+    """Writes the adapter in PEFT's format. `base_model`: the name or folder of the model it belongs to. `tensors`: the
+    parameters by their names in `model`, where it holds but a part of each itself (FSDP2)."""
+    tensors = tensors or dict(model.named_parameters())
+    adapted = layers(model)
+    tensors = {f"base_model.model.{name}.{part}.weight": tensors[f"{name}.{part}"].detach().cpu()
+               for name, _ in adapted for part in ("lora_A", "lora_B")}
+    m = adapted[0][1]
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "bias": "none",
+        "r": m.lora_A.shape[0], "lora_alpha": m.alpha, "lora_dropout": m.dropout.p, "fan_in_fan_out": m.transposed,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapted}), "inference_mode": True,
+    }
+    os.makedirs(folder, exist_ok=True)
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+        json.dump(config, f, indent=2)
+
+
+def load_tensors(path, own):
+    """The tensors of a safetensors file, which must have the names and shapes of `own` (a dict of tensors). Raises
+    ValueError for a broken file or one that does not fit, OSError for a missing one."""
+    try:
+        tensors = load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
+    for name in sorted(own.keys() | tensors.keys()):
+        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (tensors, own))
+        if there != here:
+            raise ValueError(f"{path} does not fit this model: {name} is {there} there and {here} here")
+    return tensors
+
+
+@torch.no_grad()
+def load_lora(model, folder):
+    """Loads an adapter saved by save_lora() or by PEFT into a model that apply_lora() has prepared.
+
+    Raises ValueError, and changes nothing, when the file's layers, rank or shapes are not the model's, or when it is a
+    variant of LoRA that LoRALinear is not; RuntimeError when an adapter is merged."""
+    if any(m.merged for _, m in layers(model)):
+        raise RuntimeError("an adapter is merged into the weights: unmerge() it before loading another")
+    with open(os.path.join(folder, "adapter_config.json")) as f:
+        config = json.load(f)
+    for name, value in config.items():
+        if name not in NEUTRAL and value not in PLAIN.get(name, OFF):
+            raise ValueError(f"the adapter in {folder} has {name}={value}, which is not plain LoRA: not supported")
+    own = {f"base_model.model.{name}.{part}.weight": getattr(m, part)
+           for name, m in layers(model) for part in ("lora_A", "lora_B")}
+    tensors = load_tensors(os.path.join(folder, "adapter_model.safetensors"), own)
+    for key, p in own.items():
+        p.copy_(tensors[key])
+    for _, m in layers(model):
+        m.alpha = config["lora_alpha"]
+        m.scaling = m.alpha / config["r"]
+
+
 # ---- the checkpoints of a training run
 
 # what may change when a run is resumed: data as long as its contents are the same, batch_size and
@@ -176,11 +175,25 @@ MAY_DIFFER = {*"""out_dir init_from eval_only eval_interval eval_examples eval_s
     peak_tflops""".split(), "sha256 of val_data"}
 
 
+def damage(checkpoint):
+    """What is wrong with the files of a checkpoint; None when they are those that were written."""
+    try:
+        if not os.path.isdir(checkpoint):
+            return "is missing"
+        with open(f"{checkpoint}/SHA256SUMS") as f:
+            sums = {line[66:-1]: line[:64] for line in f}
+        return next((f"{name} is not as it was written" for name in
+                     ("adapter_config.json", "adapter_model.safetensors", "compressor.safetensors", "config.json",
+                      "optimizer.pt") if file_sha256(f"{checkpoint}/{name}") != sums.get(name)), None)
+    except (ValueError, OSError) as e:
+        return str(e)
+
+
 class Checkpoints:
     """The checkpoints in out_dir. step: that of last/, as far as this run has written or read one."""
 
     def __init__(self, out_dir):
-        self.out_dir, self.step = out_dir, 0
+        self.out_dir, self.step, self.metrics = out_dir, 0, f"{out_dir}/metrics.jsonl"
         self.last, self.previous, self.best, self.damaged = (
             f"{out_dir}/{name}" for name in ("last", "previous", "best", "damaged"))
 
@@ -191,6 +204,13 @@ class Checkpoints:
         if not self.step:
             return "no checkpoint was written yet"
         return f"{self.last} holds the checkpoint of step {self.step:,}"
+
+    def compare_model(self, config, config_class):
+        """Fails where the checkpoint in out_dir itself, which is to be evaluated, has other settings of the model."""
+        for name, value in read_config(self.out_dir, config_class)[1].items():
+            if name not in ("generator", "compressor_model") and value != config[name]:
+                fail(f"the checkpoint {self.out_dir} has {name}={value}, this run {name}={config[name]}")
+        print0(f"evaluating {self.out_dir}")
 
     def read_state(self, run, defaults):
         """What save() has kept of a run, to go on with. run: the settings of this one; defaults: those that settings
@@ -260,25 +280,31 @@ class Checkpoints:
             for name in {*os.listdir(self.last)} - {"optimizer.pt", "SHA256SUMS"}:  # contents alone: some file systems
                 shutil.copyfile(f"{self.last}/{name}", f"{folder}/{name}")          # know no permissions
 
-    def keep_lines(self, path, step):
-        """Leaves of a log of JSON Lines what led to `step`: what came after is said again."""
+    def open(self, step, is_best):
+        """Makes the folder ready for a run that goes on after `step`. is_best: whether last/ is to be in best/, too."""
+        with self.writing("the folder", step):
+            os.makedirs(self.out_dir, exist_ok=True)
+            self.lock()
+            if is_best:
+                self.copy_to_best()  # it may have been killed when it was about to
+            kept = []
+            if step > 0 and os.path.isfile(self.metrics):  # what came after the checkpoint is said again
+                with open(self.metrics, errors="replace") as f:
+                    kept = [line for line in f if line.endswith("\n") and step_of(line) <= step]
+            with replacing(self.metrics, "w") as f:
+                f.writelines(kept)
 
-        def step_of(line):
-            try:
-                return json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                return float("inf")  # what a crash has left of a line
-
-        kept = []
-        if step > 0 and os.path.isfile(path):
-            with open(path, errors="replace") as f:
-                kept = [line for line in f if line.endswith("\n") and step_of(line) <= step]
-        with replacing(path, "w") as f:
-            f.writelines(kept)
-
-    def append(self, path, entry, step):
-        """Adds a line to a log, on the disk before any checkpoint that it leads to."""
-        with self.writing(os.path.basename(path), step), open(path, "a") as f:
+    def log(self, entry, step):
+        """Adds a line to metrics.jsonl, on the disk before any checkpoint that it leads to."""
+        with self.writing("metrics.jsonl", step), open(self.metrics, "a") as f:
             f.write(json.dumps(entry) + "\n")
             f.flush()
             os.fsync(f.fileno())
+
+
+def step_of(line):
+    """The step of a line of metrics.jsonl; of what a crash has left of a line, none that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

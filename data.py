@@ -26,28 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from distributed import print0
-
-
-def file_sha256(path):
-    digest = sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read_lines(file):
-    """The lines of a binary file, with their ends: LF, CR LF or, where its beginning has no LF, CR alone."""
-    head = file.peek(1 << 16)
-    if b"\n" in head or b"\r" not in head:
-        yield from file
-        return
-    rest = b""
-    while block := file.read(1 << 20):
-        *whole, rest = (rest + block).split(b"\r")
-        yield from (line + b"\r" for line in whole)
-    if rest:
-        yield rest
+from files import read_lines
 
 
 def is_document(d):
@@ -106,7 +85,9 @@ class Examples:
     def read(self, path, check):
         """check: says what is wrong with a parsed example, None when it is good."""
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} does not exist")
+            made = re.search(r"(?:^|/)data/((?!toy/)[^/]+)/(?:train|val)\.jsonl$", path)
+            raise FileNotFoundError(f"{path} does not exist" + (
+                f": python prepare.py --dataset={made[1]} --corpus=FILE --queries=FILE makes it" if made else ""))
         self.path = path
         self.spans = array("q")  # start and end of example i at 2 i and 2 i + 1
         if os.path.getsize(path) == 0:
@@ -254,8 +235,8 @@ class StepExamples:
     permutation that depends on the seed alone, so that a resumed run and any number of processes see the same examples
     at the same step. Within the step they are sorted by length, so that a micro-batch holds little padding."""
 
-    def __init__(self, examples, per_step, seed):
-        self.examples, self.per_step, self.seed, self.orders = examples, per_step, seed, {}
+    def __init__(self, examples, per_step, seed, world_size):
+        self.examples, self.per_step, self.seed, self.world_size, self.orders = examples, per_step, seed, world_size, {}
 
     def order(self, epoch):
         if epoch not in self.orders:
@@ -267,6 +248,16 @@ class StepExamples:
         n = len(self.examples)
         numbers = [int(self.order(i // n)[i % n]) for i in range(step * self.per_step, (step + 1) * self.per_step)]
         return sorted(((i, self.examples[i]) for i in numbers), key=lambda pair: text_length(pair[1]))
+
+
+    def describe(self, step, losses, norm, batch_size):
+        """Which examples made the loss of a finished step infinite or NaN; losses (processes, micro-batches, names)."""
+        numbers = [i + 1 for i, _ in self[step - 1]]
+        where = [f"micro-batch {i + 1} of process {r}: examples "
+                 f"{numbers[r::self.world_size][i * batch_size:(i + 1) * batch_size]}"
+                 for r, i in (~losses.isfinite().all(dim=2)).nonzero().tolist()]
+        return (f"step {step}: loss {losses[:, :, 0].sum().item()}, gradient norm {norm}; "
+                f"{'; '.join(where) or f'examples {numbers}'} of {self.examples.path}")
 
 
 class Store:

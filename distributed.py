@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from configurator import fail, torch_device, under_torchrun
-from pretrained import first_line
+from pretrained import decoder_layers, first_line
 
 host_group, world_size = None, 1
 
@@ -31,6 +32,7 @@ host_group, world_size = None, 1
 class Processes:
     device: object  # of this process
     kind: str  # cpu, cuda, mps, neuron or xla
+    dtype: str  # float32 or bfloat16, of the frozen weights and of matrix products
     rank: int = 0
     world: int = 1  # number of processes
 
@@ -44,9 +46,9 @@ def print0(line):
             sys.stdout = open(os.devnull, "w")
 
 
-def start(device):
+def start(device, dtype, fsdp, gradient_accumulation_steps):
     """Sets up the device of a `device` setting and, under torchrun, the process group. Exits with one line where
-    something is missing."""
+    something is missing or does not go together."""
     global host_group, world_size
     if device == "trainium":
         if not (find_spec("torch_neuronx") and find_spec("torch_xla")):
@@ -57,7 +59,10 @@ def start(device):
     if device == "xla" and not find_spec("torch_xla"):
         fail("device is xla, which takes PyTorch/XLA: pip install torch==2.9.0 torch_xla==2.9.0")
     kind = "xla" if device in ("trainium", "xla") else torch_device(device).split(":")[0]
-    p = Processes(torch_device(device) if kind != "xla" else None, kind)
+    dtype = dtype or ("bfloat16" if kind in ("cuda", "neuron") or device == "trainium" else "float32")
+    if dtype not in ("float32", "bfloat16"):
+        fail(f"dtype is float32 or bfloat16, not '{dtype}'")
+    p = Processes(torch_device(device) if kind != "xla" else None, kind, dtype)
     if under_torchrun():
         if kind == "cuda":
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
@@ -82,6 +87,11 @@ def start(device):
         p.device = xm.xla_device()
         # transformers would ask every mask whether it hides anything at all, which fetches it from the device
         transformers.masking_utils.is_tracing = lambda *_: True
+    if fsdp and (kind == "xla" or p.world == 1):
+        fail("fsdp=True takes several processes (torchrun), and a device other than trainium or xla")
+    if gradient_accumulation_steps % p.world:
+        fail(f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide among {p.world} processes: "
+             f"make it a multiple of {p.world}, and batch_size smaller for the same step")
     return p
 
 
@@ -175,16 +185,22 @@ class StepLosses:
         return means | {"grad_norm": self.window["grad_norm"]} if n else {}
 
 
-def shard(model, mesh, layer_lists):
-    """FSDP2: spreads all parameters over the devices of a mesh and moves them there. Every layer of the lists is
-    gathered when it is used and released after it (with gradient checkpointing; without, autocast's bfloat16 copies of
-    trained weights stay until the backward pass); what is no layer (embeddings, head, projection) is gathered for the
-    whole pass."""
-    for layers in layer_lists:
-        for layer in layers:
+def place(model, processes, fsdp):
+    """Moves a ScaleDown model to the device. fsdp: spreads all parameters over the processes' devices (FSDP2). Every
+    decoder layer is gathered when it is used and released after it (with gradient checkpointing; without, autocast's
+    bfloat16 copies of trained weights stay until the backward pass); what is no layer (embeddings, head, projection) is
+    gathered for the whole pass."""
+    if not fsdp:
+        model.to(processes.device)
+    else:
+        mesh = dist.device_mesh.init_device_mesh(processes.kind, (processes.world,))
+        for layer in chain(*map(decoder_layers, model.backbones())):
             fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(model, "generate")
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        register_fsdp_forward_method(model, "generate")
+    if processes.kind == "xla":  # autocast knows no other attention there
+        for backbone in model.backbones():
+            backbone.set_attn_implementation(backbone.config._attn_implementation.replace("sdpa", "eager"))
 
 
 def whole_state(model, optimizer):

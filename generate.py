@@ -173,3 +173,13 @@ def probe(model, x):
         raise ValueError(f"{name} cannot be the generator: {first_line(e)}") from e
     if not torch.allclose(whole, stepped, rtol=0, atol=0.1 * whole.abs().max().item()):
         raise ValueError(f"{name} cannot be the generator: it gives other logits with a key-value cache than without")
+
+
+@torch.no_grad()
+def nearest_tokens(model, tokenizer, memory, n=5):
+    """memory (B, k, l, d) -> B lists of k lists of l lists of the n vocabulary tokens whose output embeddings lie
+    nearest (cosine) to each vector (paper, Figure 8)."""
+    head = model.get_output_embeddings().weight  # (V, d)
+    similarity = F.normalize(memory.float(), dim=-1) @ F.normalize(head.float(), dim=-1).T
+    return [[[[tokenizer.decode([i]).strip() for i in slot] for slot in document] for document in row]
+            for row in similarity.topk(n).indices.tolist()]

@@ -250,20 +250,18 @@ class ScaleDown(nn.Module):
                                          temperature, top_k, prefix)
         return [answer.strip() for answer in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
-    @torch.no_grad()
-    def nearest_tokens(self, memory, n=5):
-        """memory (B, k, l, d) -> B lists of k lists of l lists of the n vocabulary tokens whose output embeddings lie
-        nearest (cosine) to each memory embedding (paper, Figure 8)."""
-        head = self.generator.get_output_embeddings().weight  # (V, d)
-        similarity = F.normalize(memory.float(), dim=-1) @ F.normalize(head.float(), dim=-1).T
-        return [[[[self.tokenizer.decode([i]).strip() for i in slot] for slot in document] for document in row]
-                for row in similarity.topk(n).indices.tolist()]
-
     # ---- training, checkpoints
 
     def backbones(self):
         """The transformers within: the generator and those that the compressor is made of."""
         return [self.generator, *(m for m in self.compressor.children() if isinstance(m, PreTrainedModel))]
+
+    def describe(self):
+        """A line about the numbers of parameters."""
+        millions = lambda module, trained: sum(
+            p.numel() for p in module.parameters() if p.requires_grad == trained) / 1e6
+        return (f"trained: compressor {millions(self.compressor, True):.2f}M, LoRA "
+                f"{millions(self.generator, True):.2f}M parameters; frozen: {millions(self, False):.2f}M")
 
     def configure_optimizers(self, generator_lr, compressor_lr, weight_decay, betas, **kwargs):
         """AdamW with a learning rate for the LoRA and one for the compressor (its memory tokens and SEP with it).

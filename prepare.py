@@ -65,7 +65,8 @@ from transformers.utils import cached_file
 
 from compressor import left_pad
 from configurator import at_least, configure, fail, torch_device, under_torchrun
-from data import document_text, file_sha256, mean_scores, read_lines
+from data import document_text, mean_scores
+from files import file_sha256, read_lines
 from pretrained import (
     ModelError,
     decoder_layers,

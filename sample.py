@@ -34,7 +34,6 @@ from data import (
     Examples,
     Store,
     document_text,
-    file_sha256,
     interval,
     ndcg,
     read_qrels,
@@ -42,6 +41,8 @@ from data import (
     score,
     trec_order,
 )
+from files import file_sha256
+from generate import nearest_tokens
 from lora import merge_and_unload
 from model import ScaleDown
 from pretrained import first_line, load_model, load_tokenizer, plain_text
@@ -328,6 +329,6 @@ else:
         print(f"{'gold':10}  {'':36}   {' / '.join(x['answers'])}")
     if show_memory:
         print("\nnearest tokens of each memory embedding:")
-        for i, document in enumerate(model.nearest_tokens(memory)[0]):
+        for i, document in enumerate(nearest_tokens(model.generator, model.tokenizer, memory)[0]):
             for j, tokens in enumerate(document):
                 print(f"document {i + 1}, memory {j + 1}: {' '.join(tokens)}")

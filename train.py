@@ -13,7 +13,6 @@ that of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the
 
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -23,17 +22,17 @@ from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
-from checkpoint import Checkpoints, read_config
+from checkpoint import Checkpoints
 from configurator import at_least, configure, fail
-from data import Chunks, Examples, StepExamples, file_sha256, mean_scores, text_length, warn_of_large_scores
+from data import Chunks, Examples, StepExamples, mean_scores, text_length, warn_of_large_scores
 from distributed import host_sum, print0
+from files import file_sha256
 from flops import StepFlops, peak_tflops_here
 from model import ScaleDown, ScaleDownConfig
-from pretrained import decoder_layers, first_line, load_tokenizer
+from pretrained import first_line, load_tokenizer
 
 # -----------------------------------------------------------------------------
 # the paper's values (Table 7), for its N-layers compressor
@@ -118,21 +117,12 @@ if wandb_log:
         fail("wandb_log=True needs wandb: pip install wandb")
 
 # device, processes
-processes = distributed.start(device)
-device, kind, rank, world = processes.device, processes.kind, processes.rank, processes.world
+processes = distributed.start(device, dtype, fsdp, gradient_accumulation_steps)
+device, dtype, kind, rank, world = (getattr(processes, name) for name in ("device", "dtype", "kind", "rank", "world"))
 xla = kind == "xla"  # PyTorch/XLA: operations are collected into graphs, see the loop
-ddp = world > 1 and not (fsdp or xla)
 if xla:
     import torch_xla.core.xla_model as xm
     from torch_xla.utils.checkpoint import checkpoint as xla_checkpoint
-dtype = dtype or ("bfloat16" if kind in ("cuda", "neuron") or config["device"] == "trainium" else "float32")
-if dtype not in ("float32", "bfloat16"):
-    fail(f"dtype is float32 or bfloat16, not '{dtype}'")
-if fsdp and (xla or world == 1):
-    fail("fsdp=True takes several processes (torchrun), and a device other than trainium or xla")
-if gradient_accumulation_steps % world:
-    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide among {world} processes: make it "
-         f"a multiple of {world}, and batch_size smaller for the same step")
 autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, dtype=torch.bfloat16)
 peak_tflops = peak_tflops or peak_tflops_here(kind, dtype)
 
@@ -149,12 +139,11 @@ try:
     else:
         train_set, val_set = (Examples(path, need_scores=enable_reranking) for path in (train_data, val_data))
 except (ValueError, OSError) as e:
-    made = re.search(r"(?:^|/)data/([^/]+)/(?:train|val)\.jsonl does not exist$", str(e))
-    fail(f"{e}: python prepare.py --dataset={made[1]} --corpus=FILE --queries=FILE makes it" if made else e)
+    fail(e)
 if enable_reranking:
     warn_of_large_scores(train_set, num_documents, rerank_lambda)
 examples_per_step = batch_size * gradient_accumulation_steps
-step_examples = StepExamples(train_set, examples_per_step, seed)
+step_examples = StepExamples(train_set, examples_per_step, seed, world)
 steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
 val_examples = [val_set[i] for i in range(min(eval_examples, len(val_set)))]
 samples = sorted(val_examples[:eval_samples], key=text_length)
@@ -179,12 +168,12 @@ def get_micro_batches(step):
 checkpoints, resuming = Checkpoints(out_dir), init_from == "resume" and not eval_only
 run = {**config, "batch_size * gradient_accumulation_steps": examples_per_step,
        "sha256 of train_data": file_sha256(train_data), "sha256 of val_data": file_sha256(val_data)}
-progress = dict(step=0, evaluated=-1, skipped=0, best_val_loss=float("inf"), is_best=False, run=run)
+state = dict(step=0, evaluated=-1, skipped=0, best_val_loss=float("inf"), is_best=False, optimizer=None, window=None)
 if resuming:
     if rank == 0:
         checkpoints.recover()
     host_sum(0)
-    saved = checkpoints.read_state(run, {"task": "answer", **asdict(ScaleDownConfig())})
+    state = checkpoints.read_state(run, {"task": "answer", **asdict(ScaleDownConfig())})
 elif not eval_only and checkpoints.exist():
     fail(f"{out_dir} holds a run already: --init_from=resume goes on with it; for a new one choose another --out_dir "
          "or remove the folder")
@@ -195,21 +184,12 @@ try:
     model = ScaleDown(ScaleDownConfig(**{name: config[name] for name in ScaleDownConfig.__dataclass_fields__}),
                       dtype=getattr(torch, dtype))
     if eval_only:
-        for name, value in read_config(out_dir, ScaleDownConfig)[1].items():
-            if name not in ("generator", "compressor_model") and value != config[name]:
-                fail(f"the checkpoint {out_dir} has {name}={value}, this run {name}={config[name]}")
-        model.load(out_dir)
-        print0(f"evaluating {out_dir}")
-    elif init_from != "scratch":
-        model.load(checkpoints.last if init_from == "resume" else init_from)
+        checkpoints.compare_model(config, ScaleDownConfig)
+    if eval_only or init_from != "scratch":
+        model.load(out_dir if eval_only else checkpoints.last if resuming else init_from)
 except (ValueError, OSError) as e:
     fail(first_line(e))
-if fsdp:
-    distributed.shard(model, dist.device_mesh.init_device_mesh(kind, (world,)), map(decoder_layers, model.backbones()))
-else:
-    model.to(device)
-for backbone in model.backbones() if xla else ():  # autocast knows no other attention there
-    backbone.set_attn_implementation(backbone.config._attn_implementation.replace("sdpa", "eager"))
+distributed.place(model, processes, fsdp)
 if gradient_checkpointing:
     model.enable_gradient_checkpointing(xla_checkpoint if xla else None)
 flops = StepFlops(model)
@@ -220,27 +200,24 @@ optimizer = model.configure_optimizers(generator_lr, compressor_lr, weight_decay
 base_lrs = [group["lr"] for group in optimizer.param_groups]
 parameters = [p for p in model.parameters() if p.requires_grad]
 step_losses = distributed.StepLosses(["loss", "generation", "reranking"][:2 + enable_reranking], processes)
+step = checkpoints.step = state["step"]
 if resuming:
-    distributed.load_optimizer_state(model, optimizer, saved["optimizer"])
+    distributed.load_optimizer_state(model, optimizer, state.pop("optimizer"))
     if xla:  # the line above makes room by a step with learning rate 0, which is 0 / 0 when capturable
         model.load(checkpoints.last)
-    step_losses.window = saved["window"]
-    progress.update({name: saved[name] for name in progress if name != "run"})
-    done = f": it has done its {steps:,} steps, more epochs or max_iters go on" if saved["step"] >= steps else ""
-    print0(f"resuming {out_dir} at step {saved['step']:,}{done}")
-    del saved
-step = checkpoints.step = progress["step"]
+    step_losses.window = state.pop("window")
+    print0(f"resuming {out_dir} at step {step:,}"
+           + (f": it has done its {steps:,} steps, more epochs or max_iters go on" if step >= steps else ""))
 forward = torch.compile(model, backend="neuron" if kind == "neuron" else "inductor") if compile else model
+ddp = world > 1 and not (fsdp or xla)
 if ddp:
     forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
 if xla:
     xm.broadcast_master_param(model)  # the same start in every process, as DDP does it
     for p in parameters:  # never None: the first micro-batch of a step runs the graph of all others
         p.grad = torch.zeros_like(p)
-count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
 print0(f"{len(train_set):,} training and {len(val_set):,} validation examples, {steps:,} steps of {examples_per_step}")
-print0(f"trained: compressor {count(model.compressor):.2f}M, LoRA {count(model.generator):.2f}M parameters; "
-       f"frozen: {sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6:.2f}M")
+print0(model.describe())
 
 
 def lr_factor(step):
@@ -249,12 +226,22 @@ def lr_factor(step):
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
-def val_losses(sums):
-    """Adds the losses of this process's validation examples, and their answer tokens, to sums. False: a signal came."""
-    for i in range(0, len(val_examples), batch_size * world):
+def my_part(examples, stride, all_of_it=False):
+    """Of every `stride` examples those of this process. Ends early when a signal has come."""
+    for i in range(0, len(examples), stride):
         if signals.caught():
-            return False
-        mine = val_examples[i:i + batch_size * world][rank::world]
+            return
+        part = examples[i:i + stride]
+        yield part if all_of_it else part[rank::world]
+
+
+@torch.no_grad()
+def evaluate():
+    """Validation loss and the scores of greedily generated answers, the examples spread over the processes; None when a
+    signal came in between."""
+    sums = dict.fromkeys(("generation", "reranking", "tokens", "em", "f1", "match", "samples"), 0.0)
+    model.eval()
+    for mine in my_part(val_examples, batch_size * world):
         # as many batches in every process (FSDP2), all full (XLA): what fills up counts nothing
         batch = collate((mine + val_examples[:1] * batch_size)[:batch_size])
         batch["labels"][len(mine):] = -100
@@ -266,17 +253,8 @@ def val_losses(sums):
         for name, part in parts.items():
             sums[name] += part.item()
         sums["tokens"] += (batch["labels"] != -100).sum().item()
-    return True
-
-
-def val_answers(sums):
-    """Adds the scores of answers that this process generates greedily to sums. False: a signal came."""
     # with FSDP2 the processes must go through the layers together, as often: each answers all
-    stride = batch_size if fsdp else batch_size * world
-    for i in range(0, len(samples), stride):
-        if signals.caught():
-            return False
-        mine = samples[i:i + stride] if fsdp else samples[i:i + stride][rank::world]
+    for mine in my_part(samples, batch_size if fsdp else batch_size * world, all_of_it=fsdp):
         if mine:
             full = (mine + mine[:1] * batch_size)[:batch_size] if static_shapes else mine
             try:
@@ -288,47 +266,29 @@ def val_answers(sums):
             for name, mean in mean_scores(answers[:len(mine)], mine).items():
                 sums[name] += len(mine) * mean
             sums["samples"] += len(mine)
-    return True
-
-
-@torch.no_grad()
-def evaluate():
-    """Validation loss and the scores of generated answers, the examples spread over the processes; None when a signal
-    came in between."""
-    sums = dict.fromkeys(("generation", "reranking", "tokens", "em", "f1", "match", "samples"), 0.0)
-    model.eval()
-    finished = val_losses(sums) and val_answers(sums)
     model.train()
-    if not finished:
+    if signals.caught():
         return None
     sums = dict(zip(sums, host_sum(list(sums.values())).tolist()))
-    reranking = sums["reranking"] / len(val_examples)
-    result = {"val_loss": sums["generation"] / sums["tokens"] + rerank_lambda * reranking}
+    n = len(val_examples)
+    result = {"val_loss": sums["generation"] / sums["tokens"] + rerank_lambda * sums["reranking"] / n}
     if enable_reranking:
-        result["val_reranking"] = reranking
+        result["val_reranking"] = sums["reranking"] / n
     return result | {name: sums[name] / sums["samples"] for name in ("em", "f1", "match") if sums["samples"]}
 
 
-def describe(number, losses, norm):
-    """Which examples made the loss of a step infinite or NaN; losses (processes, micro-batches, names)."""
-    numbers = [i + 1 for i, _ in step_examples[number - 1]]
-    where = [f"micro-batch {i + 1} of process {r}: examples {numbers[r::world][i * batch_size:(i + 1) * batch_size]}"
-             for r, i in (~losses.isfinite().all(dim=2)).nonzero().tolist()]
-    return (f"step {number}: loss {losses[:, :, 0].sum().item()}, gradient norm {norm}; "
-            f"{'; '.join(where) or f'examples {numbers}'} of {train_data}")
-
-
 def stop_if(bad):
+    """bad: what StepLosses.fetch() has returned."""
     if bad:
-        distributed.stop(f"{describe(*bad)}: stopped; {checkpoints.describe()}")
+        distributed.stop(f"{step_examples.describe(*bad, batch_size)}: stopped; {checkpoints.describe()}")
 
 
 def save(is_best):
     """Writes the checkpoint of this step. Files are the same for one process, DDP and FSDP2."""
     tensors, moments = distributed.whole_state(model, optimizer)
-    progress.update(step=step, is_best=is_best)
+    state.update(step=step, is_best=is_best)
     if rank == 0:
-        checkpoints.save(model, tensors, dict(progress, optimizer=moments, window=step_losses.window))
+        checkpoints.save(model, tensors, dict(state, run=run, optimizer=moments, window=step_losses.window))
     checkpoints.step = step
     if rank == 0 and is_best:
         checkpoints.copy_to_best()
@@ -338,7 +298,7 @@ def save(is_best):
 def log(entry, more=""):
     if rank == 0:
         if not eval_only:
-            checkpoints.append(f"{out_dir}/metrics.jsonl", entry, step)
+            checkpoints.log(entry, step)
         if wandb_log:
             wandb.log(entry, step=entry.get("step"))
     print0(", ".join(f"{name} {value:.2e}" if name.endswith("_lr") else f"{name} {value:,}" if isinstance(value, int)
@@ -352,12 +312,7 @@ if eval_only:
     distributed.leave()
     sys.exit()
 if rank == 0:
-    with checkpoints.writing("the folder", step):
-        os.makedirs(out_dir, exist_ok=True)
-        checkpoints.lock()
-        if progress["is_best"]:
-            checkpoints.copy_to_best()  # it may have been killed when it was about to
-        checkpoints.keep_lines(f"{out_dir}/metrics.jsonl", step)
+    checkpoints.open(step, state["is_best"])
     if wandb_log:
         wandb.init(project=wandb_project, name=wandb_run_name or None, config=config)
 signals.listen()
@@ -380,7 +335,7 @@ while True:
         break
 
     # evaluate and write checkpoints; a resumed run does not evaluate again what it has evaluated
-    if (step % eval_interval == 0 or step == steps) and step != progress["evaluated"]:
+    if (step % eval_interval == 0 or step == steps) and step != state["evaluated"]:
         t1 = time.time()
         stop_if(step_losses.fetch())
         result = evaluate()
@@ -389,10 +344,10 @@ while True:
         log({"step": step, **result})
         if not math.isfinite(result["val_loss"]):
             distributed.stop(f"step {step}: validation loss {result['val_loss']}; {checkpoints.describe()}")
-        progress["evaluated"] = step
+        state["evaluated"] = step
         if step > 0:
-            is_best = result["val_loss"] < progress["best_val_loss"]
-            progress["best_val_loss"] = min(progress["best_val_loss"], result["val_loss"])
+            is_best = result["val_loss"] < state["best_val_loss"]
+            state["best_val_loss"] = min(state["best_val_loss"], result["val_loss"])
             save(is_best)
         t0 += time.time() - t1
     if step >= steps:
@@ -426,8 +381,8 @@ while True:
     step_losses.add(step + 1, torch.stack(losses), norm.full_tensor() if fsdp else norm)
     bad = step_losses.fetch() if not xla or skip_nonfinite else None
     if bad and skip_nonfinite:
-        progress["skipped"] += 1
-        print0(f"{describe(*bad)}: skipped")
+        state["skipped"] += 1
+        print0(f"{step_examples.describe(*bad, batch_size)}: skipped")
     else:
         stop_if(bad)
         optimizer.step()
@@ -447,8 +402,8 @@ while True:
                      examples_per_s=since["examples"] / seconds, tokens_per_s=round(since["tokens"] / seconds))
         if peak_tflops:
             entry["mfu"] = since["flops"] / seconds / (peak_tflops * 1e12 * world)
-        if progress["skipped"]:
-            entry["skipped"] = progress["skipped"]
+        if state["skipped"]:
+            entry["skipped"] = state["skipped"]
         left = (time.time() - started) / (step - first) * (steps - step)
         log(entry, f", {timedelta(seconds=round(left))} left")
         step_losses.clear_window()

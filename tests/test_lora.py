@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lora
+from checkpoint import load_lora, save_lora
 
 
 def load(folder):
@@ -25,7 +26,7 @@ def pair(request, tiny, tmp_path):
     ours = load(folder)
     lora.apply_lora(ours, r=4, alpha=6, dropout=0.0)
     randomise(ours)
-    lora.save_lora(ours, tmp_path, folder)
+    save_lora(ours, tmp_path, folder)
     theirs = peft.PeftModel.from_pretrained(load(folder), tmp_path, is_trainable=True)
     return ours.eval(), theirs.eval()
 
@@ -66,19 +67,19 @@ def test_loads_what_peft_saves(tiny, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load(tiny("llama"))
     lora.apply_lora(ours, r=4, alpha=1)
-    lora.load_lora(ours, tmp_path)
+    load_lora(ours, tmp_path)
     torch.testing.assert_close(ours.eval()(IDS).logits, theirs.eval()(IDS).logits)
 
 
 def test_refuses_an_adapter_of_another_rank_or_model(tiny, tmp_path):
     ours = load(tiny("llama"))
     lora.apply_lora(ours, r=4)
-    lora.save_lora(ours, tmp_path, "llama")
+    save_lora(ours, tmp_path, "llama")
     for name, r in (("llama", 8), ("gpt2", 4)):
         other = load(tiny(name))
         lora.apply_lora(other, r=r)
         with pytest.raises(ValueError, match="does not fit this model: base_model"):
-            lora.load_lora(other, tmp_path)
+            load_lora(other, tmp_path)
 
 
 def test_refuses_what_is_not_plain_lora(tiny, tmp_path):
@@ -88,21 +89,21 @@ def test_refuses_what_is_not_plain_lora(tiny, tmp_path):
     ours = load(tiny("llama"))
     lora.apply_lora(ours, r=4)
     with pytest.raises(ValueError, match="use_rslora=True, which is not plain LoRA"):
-        lora.load_lora(ours, tmp_path)
+        load_lora(ours, tmp_path)
 
 
 def test_refuses_to_load_into_merged_weights_and_a_damaged_file(tiny, tmp_path):
     ours = load(tiny("llama"))
     lora.apply_lora(ours, r=4)
-    lora.save_lora(ours, tmp_path, "llama")
+    save_lora(ours, tmp_path, "llama")
     lora.merge(ours)
     with pytest.raises(RuntimeError, match="unmerge"):
-        lora.load_lora(ours, tmp_path)
+        load_lora(ours, tmp_path)
     lora.unmerge(ours)
     whole = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
-        lora.load_lora(ours, tmp_path)
+        load_lora(ours, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -180,7 +181,7 @@ def test_every_adapter_of_pefts_that_is_more_than_lora_is_refused_by_name(tiny, 
     ours = load(tiny("llama"))
     lora.apply_lora(ours, r=4)
     with pytest.raises(ValueError, match=f"{[*kwargs][0]}=.*not plain LoRA"):
-        lora.load_lora(ours, tmp_path)
+        load_lora(ours, tmp_path)
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(init_lora_weights="gaussian"), dict(init_lora_weights="orthogonal"), dict(exclude_modules=["lm_head"]),
@@ -195,6 +196,6 @@ def test_plain_adapters_of_pefts_load(tiny, tmp_path, kwargs):
     theirs.save_pretrained(tmp_path)
     ours = load(tiny("llama"))
     lora.apply_lora(ours, r=4)
-    lora.load_lora(ours, tmp_path)
+    load_lora(ours, tmp_path)
     ids = torch.tensor([[5, 6, 7, 30, 40]])
     torch.testing.assert_close(ours.eval()(ids).logits, theirs(ids).logits)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import lora
 from flops import StepFlops
-from generate import KVCache
+from generate import KVCache, nearest_tokens
 from model import ScaleDown, ScaleDownConfig
 from prompt import SYSTEM, Prompt
 
@@ -467,7 +467,7 @@ def test_nearest_tokens(tiny):
     model = build(tiny)
     head = model.generator.get_output_embeddings().weight
     memory = 3 * head[[10, 20, 30, 40]].view(1, 2, 2, -1)
-    rows = model.nearest_tokens(memory, n=1)
+    rows = nearest_tokens(model.generator, model.tokenizer, memory, n=1)
     assert rows == [[[[model.tokenizer.decode([i]).strip()] for i in pair] for pair in ((10, 20), (30, 40))]]
 
 

@@ -14,7 +14,8 @@ from conftest import EXAMPLES, ROOT, curve, losses, metrics, run, torchrun
 from safetensors.torch import load_file
 
 from configurator import configure
-from data import file_sha256, normalize
+from data import normalize
+from files import file_sha256
 from model import ScaleDown, ScaleDownConfig
 
 TEXTS = ["bridge", "stone; red", "the mayor is", "mayor of Loku", "keeps", "near it", "made of facts", "Question"]

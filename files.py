@@ -1,0 +1,83 @@
+"""
+Files that a crash at any moment leaves whole: written next to their place, flushed to disk and renamed into it; their
+checksums; and the lines of text files, whatever ends them.
+"""
+
+import errno
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+
+
+def to_disk(path):
+    """Flushes a file or folder to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:  # some file systems flush no folder
+        if not os.path.isdir(path) or e.errno in (errno.EIO, errno.ENOSPC):
+            raise
+    os.close(fd)
+
+
+@contextmanager
+def replacing(path, mode="wb"):
+    """Within it the file PATH.tmp is written; it gets its name when it is complete and on the disk."""
+    try:
+        with open(f"{path}.tmp", mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as e:
+        if e.errno and not e.filename:  # a full disk does not say which file it was
+            e.filename = str(path)
+        raise
+
+
+@contextmanager
+def replacing_folder(path, previous=None):
+    """Within it the folder PATH.tmp is filled; with checksums, and on the disk, it gets its name. The folder that had
+    it is kept as `previous`, or removed."""
+    new, old = f"{path}.tmp", previous or f"{path}.old"
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(new)
+    yield new
+    sums = "".join(f"{file_sha256(f'{new}/{name}')}  {name}\n" for name in sorted(os.listdir(new)))
+    with open(f"{new}/SHA256SUMS", "w") as f:
+        f.write(sums)
+    for name in os.listdir(new):
+        with suppress(OSError):  # some file systems know no permissions
+            os.chmod(f"{new}/{name}", 0o644)  # safetensors makes files that only their owner can read
+        to_disk(f"{new}/{name}")
+    to_disk(new)
+    if os.path.isdir(path):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.rename(new, path)
+    to_disk(os.path.dirname(path) or ".")
+    if not previous:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def file_sha256(path):
+    digest = sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_lines(file):
+    """The lines of a binary file, with their ends: LF, CR LF or, where its beginning has no LF, CR alone."""
+    head = file.peek(1 << 16)
+    if b"\n" in head or b"\r" not in head:
+        yield from file
+        return
+    rest = b""
+    while block := file.read(1 << 20):
+        *whole, rest = (rest + block).split(b"\r")
+        yield from (line + b"\r" for line in whole)
+    if rest:
+        yield rest
