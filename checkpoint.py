@@ -76,7 +76,8 @@ def read_config(folder, config_class):
     checkpoint have their default. Raises OSError, ValueError."""
     path = f"{folder}/config.json"
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{folder} holds no checkpoint: {path} does not exist")
+        raise FileNotFoundError(f"{folder} holds no checkpoint: {path} does not exist"
+                                + ": python train.py config/toy.py makes the toy" * path.startswith("out/toy/"))
     with open(path) as f:
         try:
             saved = json.load(f)

@@ -4,7 +4,8 @@ Overrides a script's settings, nanoGPT's way: its module-level globals are the s
     python train.py config/toy.py --batch_size=16
 
 first runs config/toy.py and takes the globals it sets, then the --key=value arguments, in the order given.
-Unlike nanoGPT's configurator an unknown key or a value of another type is an error that names the nearest setting.
+Unlike nanoGPT's configurator an unknown key or a value of another type is an error that names the nearest setting, and
+--help prints the settings, as the other arguments leave them, with their comments.
 """
 
 import ast
@@ -42,7 +43,10 @@ def configure(settings, argv=None):
             fail(f"{where}: {name} takes a value of type {wanted.__name__}, not {value!r}")
         settings[name] = os.path.expanduser(value) if wanted is str else value  # no shell does it after a "="
 
-    for arg in sys.argv[1:] if argv is None else argv:
+    argv = sys.argv[1:] if argv is None else argv
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            continue
         try:
             arg.encode()
         except UnicodeEncodeError:
@@ -85,7 +89,23 @@ def configure(settings, argv=None):
                 except (SyntaxError, ValueError):
                     pass  # stays a string, which override() refuses with the type it wanted
             override(name, value, arg)
+    if {"-h", "--help"} & {*argv}:
+        print_help(settings)
+        sys.exit()
     return {name: settings[name] for name in names}
+
+
+def print_help(settings):
+    """A script's first lines and its settings, which stand between two lines of dashes, with their comments."""
+    print(settings["__doc__"])
+    with open(settings["__file__"], encoding="utf-8") as f:
+        _, block, _ = f.read().split("# " + "-" * 77 + "\n")
+    for line in block.splitlines():
+        name, is_setting, rest = line.partition(" = ")
+        if is_setting and not line.startswith("#"):
+            _, _, comment = rest.partition("  # ")
+            line = f"  --{name}={settings[name]}".ljust(40) + f"  {comment}"
+        print(line.rstrip())
 
 
 def under_torchrun():

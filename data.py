@@ -12,10 +12,8 @@ import mmap
 import os
 import random
 import re
-import string
 import sys
 from array import array
-from collections import Counter
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -85,9 +83,10 @@ class Examples:
     def read(self, path, check):
         """check: says what is wrong with a parsed example, None when it is good."""
         if not os.path.isfile(path):
-            made = re.search(r"(?:^|/)data/((?!toy/)[^/]+)/(?:train|val)\.jsonl$", path)
+            made = re.search(r"(?:^|/)data/([^/]+)/(?:train|val|test)\.jsonl$", path)
             raise FileNotFoundError(f"{path} does not exist" + (
-                f": python prepare.py --dataset={made[1]} --corpus=FILE --queries=FILE makes it" if made else ""))
+                "" if not made else ": python train.py config/toy.py makes the toy" if made[1] == "toy" else
+                f": python prepare.py --dataset={made[1]} --corpus=FILE --queries=FILE makes it"))
         self.path = path
         self.spans = array("q")  # start and end of example i at 2 i and 2 i + 1
         if os.path.getsize(path) == 0:
@@ -320,72 +319,3 @@ class Store:
         k, nothing = max(map(len, documents)), torch.zeros_like(self.shards[0].get_slice("memory")[:1])
         return torch.stack([torch.cat([next(rows) if i < len(docs) else nothing for i in range(k)])
                             for docs in documents])
-
-
-def normalize(text):
-    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def score(answer, golds):
-    """(exact match, F1, match), each the best over the gold answers; match: the gold answer is contained in the
-    answer. All on normalised text, as SQuAD's evaluation script (EM, F1) and BERGEN (match) count them."""
-    a = normalize(answer)
-    em = f1 = match = 0.0
-    for g in map(normalize, golds):
-        em = max(em, float(a == g))
-        match = max(match, float(g in a if g else a == g))
-        common = sum((Counter(a.split()) & Counter(g.split())).values())
-        if common:
-            f1 = max(f1, 2 * common / (len(a.split()) + len(g.split())))
-        elif not g and not a:
-            f1 = 1.0
-    return em, f1, match
-
-
-def references(example):
-    """What answers are scored against: the gold answers or, where there are none, the teacher's answer."""
-    return example.get("answers") or [example["answer"]]
-
-
-def mean_scores(answers, examples):
-    """The mean of score() over examples: {"em", "f1", "match"}."""
-    rows = [score(a, references(x)) for a, x in zip(answers, examples)]
-    return {name: sum(column) / len(rows) for name, column in zip(("em", "f1", "match"), zip(*rows))}
-
-
-def interval(values, resamples=1000):
-    """The 95% confidence interval of a mean: percentiles of the means of bootstrap resamples (Efron, 1979)."""
-    values, rng = np.asarray(values, dtype=float), np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    return np.percentile(means, [2.5, 97.5]).tolist()
-
-
-def read_qrels(path):
-    """{query id: {document id: relevance}} of BEIR's tab-separated qrels, with a header. Raises OSError, ValueError."""
-    qrels = {}
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            row = line.rstrip("\n").split("\t")
-            if number == 1 and row == ["query-id", "corpus-id", "score"] or not line.strip():
-                continue
-            try:
-                query, document, relevance = row
-                qrels.setdefault(query, {})[document] = int(relevance)
-            except ValueError:
-                raise ValueError(f"{path}, line {number}: not query-id, corpus-id, score between tabs") from None
-    return qrels
-
-
-def trec_order(ids, scores):
-    """Indices of documents, best first, as trec_eval ranks them: by score in float32, equals by id, descending."""
-    return sorted(range(len(ids)), key=lambda i: (np.float32(scores[i]), ids[i]), reverse=True)
-
-
-def ndcg(ranking, relevance, k=10):
-    """nDCG@k of one query, as trec_eval's ndcg_cut: ids of documents, best first, and {id: relevance}, of which the
-    ideal ranking is made, too."""
-    gain = lambda relevances: sum(max(r, 0) / math.log2(i + 2) for i, r in enumerate(relevances[:k]))
-    ideal = gain(sorted(relevance.values(), reverse=True))
-    return gain([relevance.get(id, 0) for id in ranking]) / ideal if ideal else 0.0

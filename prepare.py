@@ -65,8 +65,9 @@ from transformers.utils import cached_file
 
 from compressor import left_pad
 from configurator import at_least, configure, fail, torch_device, under_torchrun
-from data import document_text, mean_scores
+from data import document_text
 from files import file_sha256, read_lines
+from metrics import mean_scores
 from pretrained import (
     ModelError,
     decoder_layers,

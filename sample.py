@@ -1,52 +1,24 @@
 """
-Answers from compressed documents, beside the same model's answers from full text and from no documents:
+Answers a question from compressed documents, next to the same model's answers from full text and from no documents:
 
     python sample.py                                                  # the toy: one validation question
     python sample.py --out_dir=out/smollm/best --query="who wrote Emma?" --docs=passages.txt
-    python sample.py --out_dir=out/smollm/best --data=examples.jsonl  # a whole file, with scores
-    python sample.py --out_dir=out/rerank/best --data=examples.jsonl --candidates=50 --keep=10 --qrels=qrels/test.tsv
 
-and, where the compressor reads documents without the query (query_dependent=False), from memory that was made before:
-
-    python sample.py --out_dir=out/pisco/best --compress=corpus.jsonl --store=memory
-    python sample.py --out_dir=out/pisco/best --data=examples.jsonl --store=memory
-
-or, for other engines, the generator with its LoRA merged, as an ordinary Hugging Face folder:
-
-    python sample.py --out_dir=out/smollm/best --export=generator
+A whole file with scores, stores and export are evaluate.py's; its settings (--data=FILE ..) hand the command on to it.
 """
 
-import json
 import os
 import random
-from functools import partial
-from pathlib import Path
+import runpy
+import sys
 
 import torch
-from safetensors import SafetensorError
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-from compressor import left_pad
-from configurator import at_least, configure, fail, torch_device
-from data import (
-    Documents,
-    Examples,
-    Store,
-    document_text,
-    interval,
-    ndcg,
-    read_qrels,
-    references,
-    score,
-    trec_order,
-)
-from files import file_sha256
+from configurator import at_least, configure, fail
+from data import Documents, Examples, document_text
 from generate import nearest_tokens
-from lora import merge_and_unload
-from model import ScaleDown
-from pretrained import first_line, load_model, load_tokenizer, plain_text
-from prompt import render, with_system
+from modes import Modes
+from pretrained import first_line
 
 # -----------------------------------------------------------------------------
 out_dir = "out/toy/best"  # a checkpoint
@@ -54,281 +26,68 @@ generator = ""  # where the checkpoint's generator lies now, if it has moved
 compressor_model = ""  # likewise
 query = ""  # a question of your own ..
 docs = ""  # .. with a file of documents: one a line, or (.jsonl) strings or {"title", "text"} objects
-data = ""  # or a file of examples: answers them all and prints scores
-val_data = "data/toy/val.jsonl"  # without query and data: one question from here
-candidates = 0  # the first so many documents of a question; 0 = all
-keep = 0  # .. and of them, for the answer, the best so many by relevance, and the first so many; 0 = all
-qrels = ""  # BEIR's, for nDCG@10 of data: queries and documents there have an "_id"
-answers = ""  # data's answers beside the references, as JSON Lines; default: beside out_dir
-judge = ""  # an LLM that grades data's answers, by name or folder
-compress = ""  # a corpus: makes its memory ..
-store = ""  # .. in this folder, and answers from it
-export = ""  # a folder for the generator with its LoRA merged
-max_samples = 0  # of data; 0 = all
+val_data = "data/toy/val.jsonl"  # without query: one question from here
+candidates = 0  # the first n documents of a question; 0 = all
+keep = 0  # .. and of them, for the answer, the n most relevant, and the first n; 0 = all
+store = ""  # a folder with the documents' memory (evaluate.py --compress)
 show_memory = False  # the vocabulary tokens nearest to each memory embedding
 max_new_tokens = 0  # 0 = the checkpoint's answer_tokens
 temperature = 0.0  # 0 = greedy
 top_k = 0  # sample from the k likeliest tokens; 0 = from all
-batch_size = 32
 seed = 1337
-shard_size = 65536  # documents in a file of the store
 compile = False  # the step that writes a token: takes a minute, may pay on many questions
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 dtype = "bfloat16" if torch.cuda.is_available() else "float32"
 # -----------------------------------------------------------------------------
+given = {arg[2:].split("=")[0] for arg in sys.argv[1:] if arg.startswith("--")}
+if given & {"data", "qrels", "answers", "judge", "compress", "export"}:
+    if given & {"query", "docs"}:
+        fail("--data has queries and documents of its own, --compress and --export answer nothing: leave out --query "
+             "and --docs")
+    runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "evaluate.py"), run_name="__main__")
+    sys.exit()
 configure(globals())
-device = torch_device(device)
-if dtype not in ("float32", "bfloat16"):
-    fail(f"dtype is float32 or bfloat16, not '{dtype}'")
-at_least(globals(), batch_size=1, max_new_tokens=0, candidates=0, keep=0, max_samples=0, top_k=0, temperature=0, seed=0,
-         shard_size=1)
+at_least(globals(), max_new_tokens=0, candidates=0, keep=0, top_k=0, temperature=0, seed=0)
 if bool(query) != bool(docs):
     fail("--query and --docs go together")
-if query and data:
-    fail("--data has queries and documents of its own: leave out --query and --docs")
 if query and not query.strip():
     fail("empty query")
-if (qrels or judge or answers) and not data:
-    fail("--qrels, --judge and --answers belong to the answers of a file: --data=FILE")
-if compress and not store:
-    fail("--compress=CORPUS goes into --store=FOLDER")
-if (compress or export) and (query or data):
-    fail("--compress and --export answer nothing: leave out --query and --data")
-if export and (compress or store):
-    fail("--export writes the generator alone: leave out --compress and --store")
-if export and os.path.exists(export):
-    fail(f"{export} is there already: choose another folder, or delete it")
-if data:  # beside the checkpoint, for training replaces its folder
-    folder, name = os.path.split(os.path.abspath(data))
-    answers = answers or f"{os.path.normpath(out_dir)}.{os.path.basename(folder)}.{Path(name).stem}.jsonl"
-    if os.path.realpath(answers) in map(os.path.realpath, (data, qrels)):
-        fail(f"--answers={answers} would overwrite what it is to be compared with")
-    if os.path.isdir(answers) or not os.access(os.path.dirname(answers) or ".", os.W_OK):
-        fail(f"{answers} cannot be written: --answers=FILE for another place")
 torch.manual_seed(seed)
 
 try:
-    moved = dict(generator=generator, compressor_model=compressor_model)
-    moved = {name: value for name, value in moved.items() if value}
-    if compress or export:
-        examples = []
-    elif query:
-        examples = [dict(query=query, documents=[*Documents(docs)])]
-    elif data:
-        examples = Examples(data, need_answer=False)
+    if query:
+        x = dict(query=query, documents=[*Documents(docs)])
     else:
         examples = Examples(val_data, need_answer=False)
-        examples = [examples[random.Random(seed).randrange(len(examples))]]
-    relevance = read_qrels(qrels) if qrels else {}
-    model = ScaleDown.from_pretrained(out_dir, device, getattr(torch, dtype), **moved)
-    if judge:
-        judge_tokenizer = load_tokenizer(judge)
-        plain = plain_text(judge_tokenizer)
-        judge_model = load_model(AutoModelForCausalLM, judge, dtype=getattr(torch, dtype)).to(device).eval()
-    if store and model.config.query_dependent:
-        fail(f"{out_dir} was trained with query_dependent=True: it reads documents together with the query, so that "
-             "there is nothing to store")
-    if store:
-        made_of = dict(compressor=file_sha256(f"{out_dir}/compressor.safetensors"),
-                       config=file_sha256(f"{out_dir}/config.json"))
-    memory_store = Store(store, **made_of) if store and not compress else None
-except (ValueError, OSError) as e:
-    missing_toy = isinstance(e, FileNotFoundError) and str(e).startswith(("out/toy/", "data/toy/"))
-    fail(first_line(e) + (": python train.py config/toy.py makes the toy" if missing_toy else ""))
-if keep and not model.config.enable_reranking:
-    fail(f"{out_dir} was trained without enable_reranking: it has no relevance to keep documents by")
-if compile:
-    model.decoder.compile()
-examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]
-for x in examples:
+        x = examples[random.Random(seed).randrange(len(examples))]
     x["documents"] = x["documents"][:candidates or None]
-
-
-@torch.no_grad()
-def fill_store():
-    """The memory of a corpus, shard by shard; shards that are there already stay as they are."""
-    corpus = Documents(compress)
-    made_of.update(corpus=file_sha256(compress), shard_size=str(shard_size))
-    if any(Path(store).glob("*.safetensors")):
-        Store(store, **made_of)
-    for number, first in enumerate(tqdm(range(0, len(corpus), shard_size), desc="shards")):
-        if os.path.exists(f"{store}/{number:05d}.safetensors"):
-            continue
-        part = [corpus[i] for i in range(first, min(first + shard_size, len(corpus)))]
-        part.sort(key=lambda d: len(document_text(d)))  # alike beside alike: less padding
-        memory = []
-        for i in range(0, len(part), batch_size):
-            texts = [document_text(d) for d in part[i:i + batch_size]]
-            batch = model.compressor.tokenize([""], [texts], len(texts))
-            memory.append(model.compressor(**model.to_device(batch))[0][0].cpu())  # (n, l, d)
-        Store.write(store, number, part, torch.cat(memory), **made_of)
-    print(f"{store}: memory of {len(corpus):,} documents")
-
-
-def reads(part, mode):
-    """What a mode reads for some examples: queries, lists of documents and, where it is made already, their memory."""
-    queries, documents = [x["query"] for x in part], [x["documents"] for x in part]
-    if mode == "reranked":
-        memory, relevance = model.compress(queries, documents)  # (B, k, l, d), (B, k)
-        for x, row in zip(part, relevance.tolist()):
-            x["relevance"] = row[:len(x["documents"])]
-        best = [sorted(range(len(x["documents"])), key=lambda i: -x["relevance"][i])[:keep] for x in part]
-        documents = [[docs[i] for i in row] for docs, row in zip(documents, best)]
-        k = max(map(len, best))
-        memory = torch.stack([m[row + [0] * (k - len(row))] for m, row in zip(memory, best)])  # (B, keep, l, d)
-        return queries, documents, memory
-    documents = [docs[:keep or None] for docs in documents]
-    if not memory_store or mode != "compressed":
-        return queries, documents, None
-    return queries, documents, memory_store.memory(documents).to(model.device)
-
-
-def answer(mode, queries, documents, memory):
-    return model.generate(queries, documents, max_new_tokens or None, temperature, top_k,
-                          "compressed" if mode == "reranked" else mode, memory=memory)
-
-
-@torch.no_grad()
-def grades(examples, answers):
-    """The judge's grade of each answer, 1, 0.5 or 0 (paper, section 4: an LLM's judgement): which of three letters is
-    the likeliest to begin its reply."""
-    ids = lambda text: judge_tokenizer(text, add_special_tokens=False).input_ids
-    found = []
-    for i in tqdm(range(0, len(examples), batch_size), desc="judge"):
-        prompts = []
-        for x, a in zip(examples[i:i + batch_size], answers[i:i + batch_size]):
-            user = (f"Question: {x['query']}\nReference answers: {' / '.join(references(x))}\nAnswer to grade: {a}\n\n"
-                    "Does the answer to grade say what one of the reference answers says? A: yes. B: in part. C: no. "
-                    "Reply with the letter alone.")
-            messages = partial(with_system, "You grade answers to questions.", plain(user))
-            text, rest, _ = render(judge_tokenizer, messages, "[[A]]")
-            prompts.append(text + rest.split("[[A]]")[0])  # with what the template puts before a reply
-        letters = [ids(prompts[0] + letter)[-1] for letter in "ABC"]
-        tokens, mask = left_pad([ids(prompt + "A")[:-1] for prompt in prompts])
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        logits = judge_model(tokens.to(device), attention_mask=mask.to(device), position_ids=positions.to(device),
-                             logits_to_keep=1).logits[:, -1, letters]  # (B, 3)
-        found += [(1.0, 0.5, 0.0)[j] for j in logits.argmax(-1).tolist()]
-    return found
-
-
-def ranking_scores(examples):
-    """Mean nDCG@10 by qrels of the given order, of the scores that the examples come with, and of the compressor's;
-    {} without qrels, and queries that they do not judge are left out."""
-    rows, known = {}, {id for row in relevance.values() for id in row}
-    for x in examples:
-        if not isinstance(x.get("_id"), str) or x["_id"] not in relevance:
-            continue
-        # prepare.py calls the chunks of a document ID#0, ID#1, ..: where the qrels know ID alone, its best chunk counts
-        ids = [id if id in known else id.rpartition("#")[0] or id for id in (d["_id"] for d in x["documents"])]
-        orders = dict(given=range(len(ids)), reranked=x.get("relevance") and trec_order(ids, x["relevance"]))
-        if x.get("reranking_scores"):
-            orders["teacher"] = trec_order(ids, x["reranking_scores"])
-        for name, order in orders.items():
-            if order is not None:
-                ranking = [*dict.fromkeys(ids[i] for i in order)]
-                rows.setdefault(name, []).append(ndcg(ranking, relevance[x["_id"]]))
-    judged = len(rows.get("given", ()))  # a mean over some of them would stand beside means over all
-    return {name: round(sum(row) / len(row), 4) for name, row in rows.items() if len(row) == judged}
-
-
-def write_answers(rows):
-    """Whole or not at all, after every mode."""
-    with open(f"{answers}.tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(f"{answers}.tmp", answers)
-
-
-modes = ["compressed"] + ["reranked"] * bool(keep) + ["full", "none"]
-if compress:
-    try:
-        fill_store()
-    except (ValueError, OSError, SafetensorError) as e:  # the last of a full disk
-        fail(e)
-elif export:
-    merge_and_unload(model.generator)
-    try:
-        model.generator.save_pretrained(export)
-        model.tokenizer.save_pretrained(export)
-    except (OSError, SafetensorError) as e:
-        fail(f"{export} could not be written: {e}")
-    print(f"{export}: {model.config.generator} with the LoRA of {out_dir} merged")
-elif data:
-    if not all("answer" in x or x.get("answers") for x in examples):
-        fail(f"{data}: an example has neither 'answer' nor 'answers' to score against")
-    if qrels and not any(isinstance(x.get("_id"), str) and x["_id"] in relevance for x in examples):
-        fail(f"{qrels} judges none of the queries of {data}: their \"_id\"s are to be those of its first column")
-    if qrels and not all(isinstance(d, dict) and isinstance(d.get("_id"), str)
-                         for x in examples for d in x["documents"]):
-        fail(f"{data}: a document has no \"_id\", a string, to find in {qrels}")
-    rows = [dict(query=x["query"], references=references(x)) for x in examples]
-    # what would fail only when all is generated
-    try:
-        for x in examples if memory_store else []:
-            memory_store.find(x["documents"])
-    except ValueError as e:
-        fail(e)
-    try:
-        if judge:
-            grades(examples[:1], ["x"])
-    except Exception as e:  # a template refuses in its own way
-        fail(f"{judge} cannot judge: {e}")
-    # alike beside alike: less padding
-    length = lambda x: len(x["query"]) + sum(len(document_text(d)) for d in x["documents"])
-    order = sorted(range(len(examples)), key=lambda i: length(examples[i]))
-    scores = {}
-    for mode in modes:
-        found = []
-        try:
-            for i in tqdm(range(0, len(order), batch_size), desc=mode):
-                found += answer(mode, *reads([examples[j] for j in order[i:i + batch_size]], mode))
-        except ValueError as e:  # full text may be too long where what is compressed is not
-            if mode != "full":
-                fail(e)
-            print(f"{mode:10}  left out: {e}")
-            continue
-        for j, a in zip(order, found):
-            rows[j][mode] = dict(zip(("answer", "em", "f1", "match"), (a, *score(a, rows[j]["references"]))))
-        write_answers(rows)
-        if judge:
-            for row, grade in zip(rows, grades(examples, [row[mode]["answer"] for row in rows])):
-                row[mode]["judge"] = grade
-            write_answers(rows)
-        scores[mode], shown = {}, []
-        for name in ("em", "f1", "match") + ("judge",) * bool(judge):
-            column = [row[mode][name] for row in rows]
-            mean, (low, high) = sum(column) / len(column), interval(column)
-            scores[mode] |= {name: round(mean, 4), f"{name}_interval": [round(low, 4), round(high, 4)]}
-            shown.append(f"{dict(em='exact match', f1='F1').get(name, name)} {mean:.3f} [{low:.3f}, {high:.3f}]")
-        print(f"{mode:10}  {'  '.join(shown)}  ({len(rows)} questions)")
-    if ndcg10 := ranking_scores(examples):
-        scores["ndcg@10"] = ndcg10
-        print("nDCG@10     " + "  ".join(f"{name} {value:.3f}" for name, value in ndcg10.items()))
-    print(f"answers: {answers}")
-    print(json.dumps(scores))
-else:
-    x = examples[0]
-    try:
-        read = {mode: reads([x], mode) for mode in modes}
-        memory, scores = read["compressed"][2], None
-        if memory is None:
-            memory, scores = model.compress([x["query"]], [x["documents"]])  # (1, k, l, d), (1, k)
-        for i, document in enumerate(x["documents"]):
-            label = f"[{i + 1}]" if scores is None else f"[{i + 1}, relevance {scores[0, i].item():.2f}]"
-            print(f"{label} {document_text(document)}")
-        print(f"\nquestion: {x['query']}\n")
-        for mode, (queries, documents, stored) in read.items():
-            kind = "compressed" if mode == "reranked" else mode
-            n = model.embed_prompts(queries, documents, kind, memory=stored)[1].sum().item()
-            print(f"{mode:10}  {n:5} positions read by the generator   {answer(mode, *read[mode])[0]}")
-    except ValueError as e:
-        fail(e)
-    if "answer" in x:
-        print(f"{'teacher':10}  {'':36}   {x['answer']}")
-    if "answers" in x:
-        print(f"{'gold':10}  {'':36}   {' / '.join(x['answers'])}")
-    if show_memory:
-        print("\nnearest tokens of each memory embedding:")
-        for i, document in enumerate(nearest_tokens(model.generator, model.tokenizer, memory)[0]):
-            for j, tokens in enumerate(document):
-                print(f"document {i + 1}, memory {j + 1}: {' '.join(tokens)}")
+    modes = Modes(out_dir, device, dtype, keep, store, generator, compressor_model)
+    if store:
+        modes.open_store(store)
+    model = modes.model
+    if compile:
+        model.decoder.compile()
+    read = {mode: modes.reads([x], mode) for mode in modes.names}
+    memory, scores = read["compressed"][2], None
+    if memory is None:
+        memory, scores = model.compress([x["query"]], [x["documents"]])  # (1, k, l, d), (1, k)
+    for i, document in enumerate(x["documents"]):
+        label = f"[{i + 1}]" if scores is None else f"[{i + 1}, relevance {scores[0, i].item():.2f}]"
+        print(f"{label} {document_text(document)}")
+    print(f"\nquestion: {x['query']}\n")
+    for mode, (queries, documents, stored) in read.items():
+        kind = "compressed" if mode == "reranked" else mode
+        n = model.embed_prompts(queries, documents, kind, memory=stored)[1].sum().item()
+        answer, = modes.answer(mode, queries, documents, stored, max_new_tokens, temperature, top_k)
+        print(f"{mode:10}  {n:5} positions read by the generator   {answer}")
+except (ValueError, OSError) as e:
+    fail(first_line(e))
+if "answer" in x:
+    print(f"{'teacher':10}  {'':36}   {x['answer']}")
+if "answers" in x:
+    print(f"{'gold':10}  {'':36}   {' / '.join(x['answers'])}")
+if show_memory:
+    print("\nnearest tokens of each memory embedding:")
+    for i, document in enumerate(nearest_tokens(model.generator, model.tokenizer, memory)[0]):
+        for j, tokens in enumerate(document):
+            print(f"document {i + 1}, memory {j + 1}: {' '.join(tokens)}")

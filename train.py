@@ -27,10 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed
 from checkpoint import Checkpoints
 from configurator import at_least, configure, fail
-from data import Chunks, Examples, StepExamples, mean_scores, text_length, warn_of_large_scores
+from data import Chunks, Examples, StepExamples, text_length, warn_of_large_scores
 from distributed import host_sum, print0
 from files import file_sha256
 from flops import StepFlops, peak_tflops_here
+from metrics import mean_scores
 from model import ScaleDown, ScaleDownConfig
 from pretrained import first_line, load_tokenizer
 

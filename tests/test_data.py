@@ -7,7 +7,8 @@ import pytrec_eval
 from transformers import AutoTokenizer
 
 from configurator import configure
-from data import Chunks, Examples, mean_scores, ndcg, score, trec_order
+from data import Chunks, Examples
+from metrics import mean_scores, ndcg, score, trec_order
 
 GOOD = dict(query="who?", documents=["a", {"title": "T", "text": "b"}], answer="x", reranking_scores=[1, 2.5], answers=["x"])
 

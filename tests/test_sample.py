@@ -15,7 +15,8 @@ from conftest import EXAMPLES, ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
-from data import Store, document_text, interval, ndcg, read_qrels
+from data import Store, document_text
+from metrics import interval, ndcg, read_qrels
 from model import ScaleDown, ScaleDownConfig
 from pretrained import decoder_layers
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from conftest import EXAMPLES, ROOT, curve, losses, metrics, run, torchrun
 from safetensors.torch import load_file
 
 from configurator import configure
-from data import normalize
 from files import file_sha256
+from metrics import normalize
 from model import ScaleDown, ScaleDownConfig
 
 TEXTS = ["bridge", "stone; red", "the mayor is", "mayor of Loku", "keeps", "near it", "made of facts", "Question"]
@@ -222,7 +223,7 @@ def test_bad_questions(job, trained, tmp_path):
     assert "empty query" in run(*args, "--query= ", "--docs=LICENSE", ok=False)
     (tmp_path / "bad.jsonl").write_text('{"title": "no text"}\n')
     assert "bad.jsonl, line 1" in run(*args, "--query=who?", f"--docs={tmp_path / 'bad.jsonl'}", ok=False)
-    assert "batch_size must be at least 1" in run(*args, "--batch_size=0", ok=False)
+    assert "batch_size must be at least 1" in run(*args, "--data=LICENSE", "--batch_size=0", ok=False)
     assert "leave out --query" in run(*args, "--query=who?", "--docs=LICENSE", "--data=LICENSE", ok=False)
     (tmp_path / "latin.txt").write_bytes("Café".encode("latin-1"))
     assert "latin.txt, line 1: no UTF-8" in run(*args, "--query=who?", f"--docs={tmp_path / 'latin.txt'}", ok=False)
@@ -349,3 +350,17 @@ def test_compiled_training_on_batches_of_other_lengths(job, tmp_path):
     run("train.py", *args, f"--out_dir={tmp_path / 'compiled'}", "--compile=True")
     for step, loss in losses(tmp_path / "plain").items():
         assert losses(tmp_path / "compiled")[step] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare.py", "sample.py", "evaluate.py", "bench.py", "experiments.py"])
+def test_help_prints_every_setting(script):
+    said = run(script, "--seed=7", *["config/toy.py"] * (script == "train.py"), "--help") if script != "bench.py" else run(script, "-h")
+    with open(os.path.join(ROOT, script)) as f:
+        source = ast.parse(f.read())
+    assert said.startswith(ast.get_docstring(source, clean=False))
+    names = [n.targets[0].id for n in source.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+    names = names[:names.index("device") + 1] if "device" in names else names[:names.index("seed") + 1]
+    assert len(names) > 5 and all(f"\n  --{name}=" in said for name in names)
+    if script == "train.py":  # as the config and the command leave them, with their comments
+        assert "--generator=data/toy/llm" in said and "--seed=7" in said and "# optimisation" in said
+        assert re.search(r"--max_iters=0 +steps; 0 = as many as the epochs take\n", said)

@@ -1,0 +1,62 @@
+"""
+The ways in which a checkpoint answers questions, next to one another:
+
+    compressed  from the documents' memory, made now or taken from a store
+    reranked    .. of the documents that the compressor finds most relevant alone
+    full, none  the same generator without its adapter, from the documents' full text, or without any
+"""
+
+import torch
+
+from configurator import fail, torch_device
+from data import Store
+from files import file_sha256
+from model import ScaleDown
+
+
+class Modes:
+    """A checkpoint, ready to answer. keep: the number of documents to answer from, 0 = all; store: a folder with their
+    memory. Exits with one line for what does not go together. names: the modes that it has."""
+
+    def __init__(self, out_dir, device, dtype, keep=0, store="", generator="", compressor_model=""):
+        device = torch_device(device)
+        if dtype not in ("float32", "bfloat16"):
+            fail(f"dtype is float32 or bfloat16, not '{dtype}'")
+        moved = dict(generator=generator, compressor_model=compressor_model)
+        self.model = ScaleDown.from_pretrained(out_dir, device, getattr(torch, dtype),
+                                               **{name: value for name, value in moved.items() if value})
+        config = self.model.config
+        if store and config.query_dependent:
+            fail(f"{out_dir} was trained with query_dependent=True: it reads documents together with the query, so "
+                 "that there is nothing to store")
+        if keep and not config.enable_reranking:
+            fail(f"{out_dir} was trained without enable_reranking: it has no relevance to keep documents by")
+        self.keep, self.store, self.names = keep, None, ["compressed"] + ["reranked"] * bool(keep) + ["full", "none"]
+        self.made_of = store and {name: file_sha256(f"{out_dir}/{file}") for name, file in
+                                  (("compressor", "compressor.safetensors"), ("config", "config.json"))}
+
+    def open_store(self, folder):
+        self.store = Store(folder, **self.made_of)
+
+    def reads(self, examples, mode):
+        """What a mode reads for some examples: queries, lists of documents and, where it is made already, their memory
+        (B, k, l, d)."""
+        queries, documents = [x["query"] for x in examples], [x["documents"] for x in examples]
+        if mode == "reranked":
+            memory, relevance = self.model.compress(queries, documents)  # (B, k, l, d), (B, k)
+            for x, row in zip(examples, relevance.tolist()):
+                x["relevance"] = row[:len(x["documents"])]
+            best = [sorted(range(len(x["documents"])), key=lambda i: -x["relevance"][i])[:self.keep] for x in examples]
+            documents = [[docs[i] for i in row] for docs, row in zip(documents, best)]
+            k = max(map(len, best))
+            memory = torch.stack([m[row + [0] * (k - len(row))] for m, row in zip(memory, best)])  # (B, keep, l, d)
+            return queries, documents, memory
+        documents = [docs[:self.keep or None] for docs in documents]
+        if not self.store or mode != "compressed":
+            return queries, documents, None
+        return queries, documents, self.store.memory(documents).to(self.model.device)
+
+    def answer(self, mode, queries, documents, memory, max_new_tokens=0, temperature=0.0, top_k=0):
+        """Answers to what reads() has returned. max_new_tokens: 0 = the checkpoint's answer_tokens."""
+        return self.model.generate(queries, documents, max_new_tokens or None, temperature, top_k,
+                                   "compressed" if mode == "reranked" else mode, memory=memory)
