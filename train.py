@@ -200,7 +200,7 @@ def host_sum(numbers):
 here = os.path.dirname(os.path.abspath(sys.argv[0]))
 alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 if train_data.startswith("data/toy/") and not os.path.exists(train_data) and rank == 0:
-    subprocess.run([sys.executable, f"{here}/prepare.py", "--dataset=toy"], check=True, env=alone)
+    subprocess.run([sys.executable, f"{here}/data/toy/prepare.py"], check=True, env=alone)
 host_sum(0)  # wait for it
 try:
     if task == "pretrain":
