@@ -45,7 +45,7 @@ def chunk(tokenizer, documents, max_tokens):
             cuts = [0, *starts[i][room[i]::room[i]], len(text)]
             pieces[i] = [piece for a, b in zip(cuts, cuts[1:]) if (piece := text[a:b].strip())]
             pieces[i] = pieces[i] or [""] * bool(titles[i])  # a title alone is a passage
-        # a word that a cut has parted can take a token more when it is read again: then the document is cut shorter
+        # a word that a cut has split can take a token more when it is read again: then the document is cut shorter
         rows = [(i, document_text(dict(title=titles[i], text=piece))) for i in todo for piece in pieces[i]]
         lengths = map(len, offsets_of([text for _, text in rows]) if rows else [])
         todo = sorted({i for (i, _), n in zip(rows, lengths) if n > max_tokens and room[i] > 1})
@@ -56,6 +56,7 @@ def chunk(tokenizer, documents, max_tokens):
 
 
 def id_hash(id):
+    """The hash of an id, 64 bits."""
     return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "big", signed=True)
 
 

@@ -24,13 +24,12 @@ import shutil
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections import namedtuple
 from contextlib import suppress
 from datetime import timedelta
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -88,9 +87,6 @@ test_examples = 500
 llm_steps = 300
 encoder_steps = 250
 # -----------------------------------------------------------------------------
-if __name__ == "__main__":
-    settings = configure(globals())
-
 
 # ---- 1. the corpus, in chunks
 
@@ -182,12 +178,13 @@ def make_index(folder):
 
 
 def make_run(folder):
+    """The top_k passages of every query, by SPLADE or, with `run`, as another engine has found them."""
     if run:
         return import_run(folder)
     passages, model = Corpus(folder), Splade(splade, device, getattr(torch, encoder_dtype))
     asked = load_queries(folder)
-    shards, found = find_shards(f"{folder}/index")
-    if found != len(passages):
+    shards, indexed = find_shards(f"{folder}/index")
+    if indexed != len(passages):
         fail(f"{folder}/index lacks some of the {len(passages):,} passages: remove it, and it will be made anew")
 
     def write(f, part):
@@ -258,6 +255,8 @@ def import_run(folder):
 
 
 class CrossEncoder:
+    """A model that reads a query and a document together and gives one score."""
+
     def __init__(self, name, device, dtype):
         self.tokenizer = load_tokenizer(name)
         self.model = load_model(AutoModelForSequenceClassification, name, dtype=dtype).eval().to(device)
@@ -303,7 +302,7 @@ def make_reranked(folder):
 
 
 def read_answers(folder):
-    """{query id: {"_id", "model", "answer"}} of all files of a folder; a line that a crash has torn is left out."""
+    """Reads all files of a folder: {query id: {"_id", "model", "answer"}}. A line that a crash has torn is left out."""
     answers = {}
     for path in Path(folder).iterdir():
         with open(path, "rb") as f:
@@ -350,7 +349,8 @@ def make_answers(folder):
                 record({id: answers[0] for id, answers in golds.items() if answers})
         elif teacher_url:
             from teacher_server import Server, ask_server  # takes requests, which nothing else needs
-            server = Server(teacher_url, teacher, answer_tokens, teacher_requests, teacher_retries, teacher_timeout)
+            server = Server(teacher_url, teacher, answer_tokens, connections=teacher_requests, retries=teacher_retries,
+                            timeout=teacher_timeout)
             ask_server(server, chain.from_iterable(windows), done, record, teacher_requests)
         else:
             model = Teacher(teacher, device, getattr(torch, dtype))
@@ -405,13 +405,10 @@ def make_examples(folder):
 # ---- all stages
 
 
-class Stage(NamedTuple):
-    make: Callable  # make(folder) -> {what: number}, what a stage has counted; the first process's counts are kept
-    files: list  # what it makes
-    depends: str  # the settings on which they depend; of an input file its contents count, not its name
-    after: str  # the stages whose files it reads
-
-
+# make(folder) makes `files` and returns what it has counted, {what: number}; the first process's counts are kept. The
+# files depend on the settings `depends`, where an input file's contents count and not its name, and on the files of the
+# stages `after`
+Stage = namedtuple("Stage", "make files depends after")
 STAGES = dict(
     queries=Stage(make_queries, ["queries.jsonl"], "queries generator query_tokens max_queries", ""),
     corpus=Stage(make_corpus, ["corpus.jsonl", "corpus.index"], "corpus generator doc_tokens max_passages", ""),
@@ -465,6 +462,7 @@ def check_model(setting, kinds, kind):
 
 
 def check_files():
+    """Checks the files that are read."""
     for name in ("corpus", "queries"):
         if not globals()[name]:
             fail(f"dataset '{dataset}' needs --corpus=FILE and --queries=FILE ('toy' is made without)")
@@ -537,7 +535,7 @@ def start_manifest(folder, settings):
     contents = {name: file_sha256(globals()[name]) if globals()[name] else "" for name in ("corpus", "queries", "run")}
     now = {name: {key: contents.get(key, globals()[key]) for key in stage.depends.split()}
            for name, stage in STAGES.items()}
-    was = {name: former.get(name, dict(settings=now[name]))["settings"] for name in STAGES}
+    was = {name: former[name]["settings"] if name in former else now[name] for name in STAGES}
     if run:  # the index is not needed, but still good for a command without run
         now["index"] = was["index"]
     changed = {name: [key for key in now[name] if was[name].get(key) != now[name][key]] for name in STAGES}
@@ -657,6 +655,7 @@ def make_toy(settings):
 
 
 if __name__ == "__main__":
+    settings = configure(globals())
     if dataset == "toy":
         make_toy(settings)
     else:

@@ -28,7 +28,7 @@ SHARD_PASSAGES = 50_000
 
 
 def check_pooling(name):
-    """Raises ValueError for a model of sentence-transformers that makes its weights otherwise than Splade does."""
+    """Raises ValueError for a model of sentence-transformers that makes its weights in another way than Splade does."""
     def read(file):
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False,
                            _raise_exceptions_for_connection_errors=False)

@@ -51,7 +51,7 @@ def seconds_to_wait(headers):
 
 
 class Server:
-    """Asked from several threads at once."""
+    """A chat server, asked from several threads at the same time. What it does not know, it is not asked again."""
 
     def __init__(self, url, teacher, answer_tokens, connections, retries, timeout):
         """teacher: the model's name, there and, where it is known here, for its chat template."""

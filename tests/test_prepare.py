@@ -463,7 +463,7 @@ def test_answers_on_their_way_when_another_fails_are_kept(settings, server, tmp_
 
 
 def killed(folder, args, states):
-    """Starts a run and kills it when it has gone through so many states of its folder, or lets it end; -> how many."""
+    """Starts a run and kills it when its folder has gone through `states` states, or lets it end; -> how many there were."""
     process = subprocess.Popen(args, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     seen = set()

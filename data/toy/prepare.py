@@ -4,9 +4,11 @@ language model and encoders of its own, trained here. No network, no GPU; some m
 
     python data/toy/prepare.py                # or python prepare.py --dataset=toy
 
-writes into data/toy: {train,val,test}.jsonl, the examples, with the answers that the language model, as the teacher,
-gives from full text; corpus.{..}.jsonl, their passages; qrels.{..}.tsv, which of them hold the answer; llm/, the
-language model; encoder/ and decoder/, two compressors' models for config/toy_modernbert.py.
+writes into data/toy of the current folder
+    llm/                the language model: the generator, and the teacher
+    encoder/, decoder/  two models for config/toy_modernbert.py
+    {train,val,test}.jsonl, corpus.{train,val,test}.jsonl, qrels.{train,val,test}.tsv
+                        examples with the teacher's answers from full text; their passages; which hold the answer
 """
 
 import os
@@ -85,6 +87,7 @@ def draw_world(rng, k):
 
 
 def draw_example(rng, k=5):
+    """A question over k passages, one of which has the answer."""
     passages, questions = draw_world(rng, k)
     query, answer = rng.choice(questions)
     scores = [5.0 if query[8:-1] in passage else -5.0 for passage in passages]  # "Lurinu's metal"
@@ -116,7 +119,8 @@ def draw_conversation(rng, prompt, k, turns=10):
 
 
 def make_tokenizer(folder, rng):
-    """One token a word: tiktoken looks a whole word up before it merges bytes, so bytes and words are all it needs."""
+    """A tokeniser with one token a word: tiktoken looks a whole word up before it merges bytes, so bytes and words are
+    all it needs."""
     ranks = {bytes([b]): b for b in range(256)}
     os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken would keep the file it reads first, by its path, for ever
     os.makedirs(folder, exist_ok=True)
@@ -189,7 +193,7 @@ def fit(model, steps, loss_of, desc):
 
 def train_encoder(folder, tokenizer, model, config, **tokens):
     """A model of two layers for config/toy_modernbert.py, with the LLM's words and embeddings of its own: it has
-    learned to fill in a masked word, the answer behind a question and a passage, as encoders know such things from
+    learned to fill in a masked word, the answer after a question and a passage, as encoders know such things from
     their own pretraining. What it has never seen is the LLM."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -199,14 +203,14 @@ def train_encoder(folder, tokenizer, model, config, **tokens):
                            num_attention_heads=4, initializer_range=0.08,
                            **{"bos_token_id": None, "eos_token_id": None, **special}))
     embeddings = encoder.get_input_embeddings().weight
-    begin, between, end = tokens.get("cls_token", tokens.get("bos_token")), *[tokens.get("sep_token", "\n")] * 2
+    begin, separator = tokens.get("cls_token", tokens.get("bos_token")), tokens.get("sep_token", "\n")
 
     def loss(step):
         answers, rows = [], []
         for _ in range(64):
             passages, questions = draw_world(rng, 1)
             query, answer = rng.choice(questions)
-            rows.append(f"{begin}{query}{between}{passages[0]}{end}{tokens['mask_token']}")
+            rows.append(f"{begin}{query}{separator}{passages[0]}{separator}{tokens['mask_token']}")
             answers.append(f" {answer}")
         ids, mask = left_pad(tokenizer(rows, add_special_tokens=False).input_ids)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -232,6 +236,7 @@ def draw_split(rng, split, n, llm, tokenizer):
 
 
 def write_split(split, examples):
+    """Writes {split}.jsonl, which appears when it is complete, corpus.{split}.jsonl and qrels.{split}.tsv."""
     with open(f"data/toy/corpus.{split}.jsonl", "w") as f:  # to pretrain on, to store the memory of
         f.writelines(json.dumps(d) + "\n" for x in examples for d in x["documents"])
     with open(f"data/toy/qrels.{split}.tsv", "w") as f:
