@@ -31,6 +31,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -44,16 +45,17 @@ from transformers import (
     Qwen2Config,
 )
 
-import prepare
 from checkpoint import read_config
 from compressor import compressor_class
 from configurator import at_least, configure, fail, torch_device
 from data import document_text
 from flops import StepFlops
+from formats import read_documents
 from lora import LoRALinear, layers
 from model import ScaleDown, ScaleDownConfig
 from packed import packed_attention
 from pretrained import decoder_layers, first_line, load_model
+from splade import Splade, search, shard_size, write_shard
 
 # -----------------------------------------------------------------------------
 what = "flops"  # or time, train, attention, lora, decode, prepare
@@ -77,6 +79,7 @@ corpus = ""  # texts to encode, in any of prepare.py's formats; the first `texts
 texts = 512
 passages = 100_000  # of the synthetic index, with 150 words each
 queries = 1024  # with 40 words each
+batch_tokens = 16384  # in a batch of texts to encode, as in prepare.py
 repeats = 5
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -680,11 +683,11 @@ def bench_encoding():
     from sentence_transformers.sparse_encoder.modules import SpladePooling
 
     documents = [document_text(dict(title=title, text=text))
-                 for _, title, text in islice(prepare.read_documents(corpus), texts)]
-    model = prepare.Splade(splade, device, getattr(torch, dtype))
+                 for _, title, text in islice(read_documents(corpus), texts)]
+    model = Splade(splade, device, getattr(torch, dtype))
     module = Transformer(splade, transformer_task="fill-mask", model_kwargs=dict(dtype=dtype))
     other = SparseEncoder(modules=[module, SpladePooling("max")], device=device)
-    pointers, words, weights = model.encode(documents, prepare.batch_tokens)
+    pointers, words, weights = model.encode(documents, batch_tokens)
     theirs = other.encode(documents, convert_to_sparse_tensor=False).float().cpu().numpy()
     ours = np.zeros_like(theirs)
     ours[np.repeat(np.arange(len(documents)), np.diff(pointers)), words] = weights
@@ -692,7 +695,7 @@ def bench_encoding():
     print(f"largest difference from sentence-transformers: {abs(ours - theirs).max():.1e}")
     if not np.allclose(ours, theirs, atol=1e-4 if dtype == "float32" else 0.1):
         fail("the two encoders do not agree")
-    timed({"prepare.py": lambda: model.encode(documents, prepare.batch_tokens),
+    timed({"prepare.py": lambda: model.encode(documents, batch_tokens),
            "sentence-transformers, batch 32 (default)": lambda: other.encode(documents),
            "sentence-transformers, batch 8": lambda: other.encode(documents, batch_size=8)}, len(documents), "passages")
 
@@ -709,11 +712,10 @@ def sparse_matrix(rng, n, words_a_row, vocab_size=30522):
 
 def write_index(folder, rng, n):
     """A synthetic index of n passages on disk, in shards as prepare.py makes them; -> their files."""
-    size = prepare.part_size(n, prepare.SHARD_PASSAGES)
+    size = shard_size(n)
     for i, start in enumerate(range(0, n, size)):
-        shard = prepare.inverted(*sparse_matrix(rng, min(size, n - start), 150), 30522, start)
         with open(f"{folder}/{i:06d}", "wb") as f:
-            f.write(prepare.to_safetensors(shard))
+            write_shard(f, sparse_matrix(rng, min(size, n - start), 150), 30522, start)
     return sorted(os.path.join(folder, name) for name in os.listdir(folder))
 
 
@@ -728,7 +730,7 @@ def bench_search():
         shards = write_index(folder, rng, passages)
         rows, columns, values = [], [], []
         for path in shards:
-            shard = {key: t.numpy() for key, t in prepare.load_file(path).items()}
+            shard = {key: t.numpy() for key, t in load_file(path).items()}
             columns.append(np.repeat(np.arange(30522), np.diff(shard["pointers"])))
             rows.append(shard["passages"] + shard["span"][0])
             values.append(shard["weights"])
@@ -751,15 +753,14 @@ def bench_search():
         def with_splade_index():
             return _retrieve_numba_functional(*by_query, scores, k=k, n_threads=threads)[1]
 
-        prepare.numba.set_num_threads(threads)
-        ours = prepare.search(shards, q, 30522, k, device)[1]
+        ours = search(shards, q, 30522, k, device)[1]
         print(f"\nsearching {passages:,} synthetic passages for {queries} queries, the {k} best, {threads} threads: "
               f"{matrix.nnz / passages:.0f} words a passage, {len(q[1]) / queries:.0f} a query")
         differences = [abs(ours - other()).max() for other in (with_scipy, with_splade_index)]
         print("largest difference from scipy.sparse: {:.1e}, from splade-index: {:.1e}".format(*differences))
         if max(differences) > 1e-4:
             fail("the searches do not agree")
-        timed({"prepare.py, index on disk": lambda: prepare.search(shards, q, 30522, k, device),
+        timed({"prepare.py, index on disk": lambda: search(shards, q, 30522, k, device),
                "scipy.sparse, index in memory": with_scipy,
                "splade-index (numba), index in memory": with_splade_index}, queries, "queries")
 
@@ -767,7 +768,8 @@ def bench_search():
 if __name__ == "__main__":
     EMPTY = memory("VmRSS") if sys.platform == "linux" else 0.0
     configure(globals())
-    at_least(globals(), texts=1, passages=100, queries=1, repeats=1, query_tokens=1, doc_tokens=1, answer_tokens=1)
+    at_least(globals(), texts=1, passages=100, queries=1, batch_tokens=1, repeats=1, query_tokens=1, doc_tokens=1,
+             answer_tokens=1)
     benches = dict(flops=bench_flops, time=bench_time, train=bench_train, attention=bench_attention, lora=bench_lora,
                    decode=bench_decode)
     if what not in (*benches, "prepare"):

@@ -25,7 +25,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from configurator import fail, torch_device, under_torchrun
 from pretrained import decoder_layers, first_line
 
-host_group, world_size = None, 1
+rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if under_torchrun() else (0, 1)
+host_group = None
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Processes:
 
 def print0(line):
     """The first process prints; where nobody listens any more (Ctrl-C ends `| tee log` too) the run goes on."""
-    if not under_torchrun() or os.environ["RANK"] == "0":
+    if rank == 0:
         try:
             print(line, flush=True)
         except BrokenPipeError:
@@ -49,7 +50,7 @@ def print0(line):
 def start(device, dtype, fsdp, gradient_accumulation_steps):
     """Sets up the device of a `device` setting and, under torchrun, the process group. Exits with one line where
     something is missing or does not go together."""
-    global host_group, world_size
+    global host_group
     if device == "trainium":
         if not (find_spec("torch_neuronx") and find_spec("torch_xla")):
             fail("device is trainium, which takes torch-neuronx on PyTorch/XLA: pip install -r "
@@ -77,9 +78,8 @@ def start(device, dtype, fsdp, gradient_accumulation_steps):
                                 init_method="xla://" if kind == "xla" else None)
         host_group = dist.new_group(backend="gloo")
         p.rank, p.world = dist.get_rank(), dist.get_world_size()
-        world_size = p.world
-        if p.world != int(os.environ["WORLD_SIZE"]):
-            fail(f"torchrun has started {os.environ['WORLD_SIZE']} processes, PyTorch/XLA sees {p.world}: it cannot "
+        if p.world != world:
+            fail(f"torchrun has started {world} processes, PyTorch/XLA sees {p.world}: it cannot "
                  "part its devices among them")
     if kind == "xla":
         import torch_xla.core.xla_model as xm
@@ -98,7 +98,7 @@ def start(device, dtype, fsdp, gradient_accumulation_steps):
 def host_sum(numbers):
     """The sum of the numbers over all processes, which wait for one another."""
     numbers = torch.as_tensor(numbers, dtype=torch.float64)
-    if world_size > 1:
+    if world > 1:
         try:
             dist.all_reduce(numbers, group=host_group)
         except RuntimeError as e:  # another process has failed, and has said why
@@ -106,14 +106,27 @@ def host_sum(numbers):
     return numbers
 
 
+def share(x=None):
+    """Waits for all processes. Returns the first one's x in each."""
+    if world == 1:
+        return x
+    box = [x]
+    try:
+        dist.broadcast_object_list(box)
+        dist.barrier()
+    except RuntimeError:  # another process has failed, and has said why
+        sys.exit(1)
+    return box[0]
+
+
 def stop(message):
     """Ends every process, for what all of them have found; the first one says it."""
-    fail(message) if not under_torchrun() or os.environ["RANK"] == "0" else sys.exit(1)
+    fail(message) if rank == 0 else sys.exit(1)
 
 
 def leave():
     """Ends a process of several."""
-    if world_size > 1:
+    if world > 1:
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)  # next to Gloo's threads an interpreter that shuts down now and then aborts
@@ -131,10 +144,10 @@ class Signals:
 
     def take(self, number, _):
         self.name = signal.Signals(number).name
-        if not under_torchrun() or os.environ["RANK"] == "0":
+        if rank == 0:
             with suppress(BrokenPipeError):
                 os.write(1, f"{self.name}: finishing the step\n".encode())  # print() may be at work itself
-        if world_size == 1:
+        if world == 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def caught(self):

@@ -22,18 +22,25 @@ def to_disk(path):
 
 
 @contextmanager
+def naming(path):
+    """Adds the file's name to an OSError that has none: a full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno and not e.filename:
+            e.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path, mode="wb"):
     """Within it the file PATH.tmp is written; it gets its name when it is complete and on the disk."""
-    try:
+    with naming(path):
         with open(f"{path}.tmp", mode) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
-    except OSError as e:
-        if e.errno and not e.filename:  # a full disk does not say which file it was
-            e.filename = str(path)
-        raise
 
 
 @contextmanager

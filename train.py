@@ -131,7 +131,7 @@ peak_tflops = peak_tflops or peak_tflops_here(kind, dtype)
 here = os.path.dirname(os.path.abspath(sys.argv[0]))
 one_process = {name: v for name, v in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 if train_data.startswith("data/toy/") and not os.path.exists(train_data) and rank == 0:
-    subprocess.run([sys.executable, f"{here}/prepare.py", "--dataset=toy"], check=True, env=one_process)
+    subprocess.run([sys.executable, f"{here}/data/toy/prepare.py"], check=True, env=one_process)
 host_sum(0)  # the others wait for it
 try:
     if task == "pretrain":

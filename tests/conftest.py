@@ -200,3 +200,34 @@ def curve(out_dir):
 
 def losses(out_dir):
     return {x["step"]: x["loss"] for x in metrics(out_dir) if "loss" in x}
+
+
+# ---- files of invented text, and what it takes to read them
+
+WORDS = "the mayor of Loku is Tuson keeps a red hound near river bridge made stone facts matter question who it".split()
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def jsonl(path, rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sentence(rng, n):
+    return " ".join(rng.choice(WORDS) for _ in range(n))
+
+
+def peak_memory(code):
+    """MiB that a process of this code has had resident at most (ru_maxrss would count the pytest that it comes from)."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("no /proc")
+    code += "\nprint(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    mib = float(done.stdout.splitlines()[-1])
+    print(f"{mib:.0f} MiB")
+    return mib

@@ -17,11 +17,11 @@ import threading
 import time
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
 import transformers as tf
+from conftest import jsonl, peak_memory, sentence, write
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
@@ -30,32 +30,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import prepare
 from compressor import left_pad
 from data import Documents, Examples, document_text
+from formats import read_run, run_lines, to_line
 from model import ScaleDown, ScaleDownConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["queries.jsonl", "corpus.jsonl", "run.retrieval.trec", "run.rerank.trec", "teacher.jsonl", "train.jsonl", "val.jsonl"]
-WORDS = "the mayor of Loku is Tuson keeps a red hound near river bridge made stone facts matter question who it".split()
 
-
-def write(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return str(path)
-
-
-def jsonl(path, rows):
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def load(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def read_run(path):
-    return prepare.read_run(str(path))
-
-
-def sentence(rng, n):
-    return " ".join(rng.choice(WORDS) for _ in range(n))
 
 
 @pytest.fixture(scope="module")
@@ -114,80 +98,6 @@ def same(a, b):
 # ---- the corpus
 
 
-def test_chunks_lose_nothing(tiny):
-    rng = random.Random(0)
-    for name in ("llama", "mistral"):  # byte-level, SentencePiece's kind (this one knows ASCII only)
-        tokenizer = AutoTokenizer.from_pretrained(tiny(name))
-        alphabet = [*"abc d. \n", "  ", *(["é", "語", "🙂", "👩‍👩‍👧"] if name == "llama" else [])]
-        for _ in range(100):
-            text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 80)))
-            title = rng.choice(["", "a b", "a very long title " * 5])
-            chunks = prepare.chunk(tokenizer, [("7", title, text)], 12)
-            assert "".join("".join(c["text"] for c in chunks).split()) == "".join(text.split())
-            assert [c["_id"] for c in chunks] == [f"7#{i}" for i in range(len(chunks))]
-            assert all(title.startswith(c["title"]) and c["text"] == c["text"].strip() for c in chunks)
-            assert all(c["text"] for c in chunks) or len(chunks) == 1 and title and not text.strip()
-            assert all(c["title"] == title for c in chunks if len(title) < 4)
-            # nothing is left for the models to cut
-            assert all(prepare.Prompt(tokenizer).cut([document_text(c)], 12) == [document_text(c)] for c in chunks)
-
-
-def test_chunks_fill_their_tokens(tiny):
-    """Words of one token each: title and text together have exactly as many tokens as there is room."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
-    words = [w for w in WORDS if len(tokenizer(" " + w, add_special_tokens=False).input_ids) == 1]
-    text = "".join(" " + words[i % len(words)] for i in range(100))
-    for title in ("", "is it"):
-        chunks = prepare.chunk(tokenizer, [("7", title, text)], 20)
-        lengths = [len(tokenizer(" " + c["text"], add_special_tokens=False).input_ids) for c in chunks]
-        room = 20 - (len(tokenizer(title + "\n", add_special_tokens=False).input_ids) if title else 0)
-        # a word that has lost the space before it is up to three tokens here
-        assert all(room - 2 <= n <= room for n in lengths[:-1]) and 0 < lengths[-1] <= room and len(lengths) > 4
-
-
-def test_corpus_formats(tmp_path):
-    want = [("1", "Loku", "A town.\nHistory.\nold stone"), ("2", "", "the river")]
-    kilt = [{"_id": "1", "wikipedia_id": 1, "wikipedia_title": "Loku",
-             "text": ["Loku\n", "A town.\n", "Section::::History.\n", "BULLET::::- old stone\n", " "], "anchors": []},
-            {"wikipedia_id": 2, "wikipedia_title": "", "text": ["the river"]}]
-    assert list(prepare.read_documents(jsonl(tmp_path / "kilt.json", kilt))) == want
-    beir = [dict(_id=id, title=title, text=text) for id, title, text in want]
-    path = jsonl(tmp_path / "beir.jsonl", beir)
-    assert list(prepare.read_documents(path)) == want
-    write(tmp_path / "beir.jsonl.gz", gzip.compress(Path(path).read_bytes()))
-    assert list(prepare.read_documents(f"{path}.gz")) == want
-    assert list(prepare.read_documents(write(tmp_path / "a.tsv", "1\tA town.\tLoku\r\n\n2\tthe \"river\"\n"))) == [
-        ("1", "Loku", "A town."), ("2", "", 'the "river"')]
-
-
-def test_query_formats(tmp_path):
-    def read(name, text):
-        return [(x["_id"], x["text"], x["answers"]) for _, x in prepare.read_queries(write(tmp_path / name, text))]
-
-    assert read("q.tsv", "1048585\twhat is it\n2\t who \n") == [("1048585", "what is it", []), ("2", "who", [])]
-    assert read("q.txt", "\ufeffwhat is it\n\nwho\tis\n") == [("1", "what is it", []), ("3", "who\tis", [])]
-    assert read("q.jsonl", '{"_id": 3, "text": "é", "metadata": {"answers": ["a"]}}\n{"_id": "4", "text": "b", "metadata": []}\n'
-                ) == [("3", "é", ["a"]), ("4", "b", [])]
-    assert read("h.tsv", "qid\tquery\n7\twho\n") == [("7", "who", [])]
-    assert read("q.tsv.gz", gzip.compress(b"1\twho\n")) == [("1", "who", [])]
-    # by what is in them, whatever they are called
-    assert read("topics.txt", "12\twho is it\n13\twho\n") == [("12", "who is it", []), ("13", "who", [])]
-    assert read("q.ndjson", '{"_id": 3, "text": "b", "metadata": {"answers": null}}\n') == [("3", "b", [])]
-    assert read("q.gz", gzip.compress(b'{"_id": 3, "text": "b"}\n')) == [("3", "b", [])]
-    assert read("cr.txt", "who is it\rwho\r") == [("1", "who is it", []), ("2", "who", [])]
-    assert read("crlf", "query_id\ttext\r\n7\twho\r\n") == [("7", "who", [])]
-    assert read("not_gzipped.tsv.gz", "1\twho\n") == [("1", "who", [])]
-
-
-def test_columns_of_passages(tmp_path):
-    read = lambda text: list(prepare.read_documents(write(tmp_path / "passages.tsv", text)))
-    dpr = 'id\ttext\ttitle\n1\t"The ""red"" mill, by Mara"\t"Loku, the town"\n2\t"a" or "b"\tMill\n'
-    assert read(dpr) == [("1", "Loku, the town", 'The "red" mill, by Mara'), ("2", "Mill", '"a" or "b"')]
-    assert read("D1\thttp://x.y/z\tThe mill\tIt burnt.\r\n") == [("D1", "The mill", "It burnt.")]
-    assert read("docid\turl\ttitle\tbody\nD1\tx.y\tThe mill\tIt burnt.\n") == [("D1", "The mill", "It burnt.")]
-    assert read('1\t"quoted"\r2\tb\r') == [("1", "", '"quoted"'), ("2", "", "b")]
-
-
 def test_a_title_alone_is_a_passage_and_nothing_is_none(settings, tmp_path, monkeypatch):
     rows = [dict(_id="1", title="the river", text=""), dict(_id="2", title=None, text="the mayor"), dict(_id="3", title="", text=None),
             dict(_id="4", title="  ", text=" "), dict(_id="5", title="stone", text=None)]
@@ -212,55 +122,11 @@ def test_scores_keep_all_their_digits(settings, tmp_path, monkeypatch, whole):
     for x in examples:
         assert x["reranking_scores"] == [scores[int(x["_id"][1:]) % 5] * 2, scores[int(x["_id"][1:]) % 5]]
     float32 = np.float32([0.1, 1e-8, 123.456])
-    assert [float(line.split()[4]) for line in prepare.run_lines("q", "abc", float32, "x").splitlines()] == pytest.approx(
+    assert [float(line.split()[4]) for line in run_lines("q", "abc", float32, "x").splitlines()] == pytest.approx(
         float32.astype(float), rel=1e-7)
 
 
 # ---- retrieval
-
-
-def test_encoding_is_sentence_transformers(tiny):
-    rng = random.Random(1)
-    texts = [sentence(rng, n) for n in (1, 30, 4, 4, 17, 60, 2)]
-    pointers, words, weights = prepare.Splade(tiny("splade"), "cpu", torch.float32).encode(texts, 64)
-    oracle = SparseEncoder(modules=[Transformer(tiny("splade"), transformer_task="fill-mask"), SpladePooling("max")], device="cpu")
-    want = oracle.encode(texts, convert_to_sparse_tensor=False).numpy()
-    got = np.zeros_like(want)
-    for i in range(len(texts)):
-        got[i, words[pointers[i]:pointers[i + 1]]] = weights[pointers[i]:pointers[i + 1]]
-    assert np.allclose(got, want, atol=1e-5) and (want > 0).any(1).all()
-
-
-def random_matrix(rng, n, V, per_row):
-    dense = np.where(rng.random((n, V)) < per_row / V, rng.integers(1, 5, (n, V)), 0).astype(np.float32)
-    rows, words = dense.nonzero()
-    return dense, (np.cumsum([0, *np.bincount(rows, minlength=n)]), words.astype(np.int32), dense[rows, words])
-
-
-@pytest.mark.parametrize("per_row", [0.3, 4, 20])  # small integers: many equal scores; 0.3: queries that find little
-def test_search_is_a_dense_product(tmp_path, monkeypatch, per_row):
-    rng = np.random.default_rng(0)
-    passages, (pointers, words, weights) = random_matrix(rng, 230, 40, per_row)
-    queries, rows = random_matrix(rng, 30, 40, per_row)
-    for start in range(0, 230, 50):
-        end = min(start + 50, 230)
-        part = slice(pointers[start], pointers[end])
-        shard = prepare.inverted(pointers[start:end + 1] - pointers[start], words[part], weights[part], 40, start)
-        write(tmp_path / f"{start:06d}", prepare.to_safetensors(shard))
-    shards = sorted(tmp_path.iterdir())
-    dense = queries @ passages.T
-    order = np.argsort(-dense, axis=1, kind="stable")[:, :12]
-    scores = np.take_along_axis(dense, order, 1)
-    order[scores == 0] = -1
-    best, got = prepare.search(shards, rows, 40, 12, "cpu")
-    assert np.array_equal(best, order) and np.array_equal(got, scores)
-    # CUDA's half, on the CPU
-    best, got = torch.full((30, 12), -1), torch.zeros(30, 12)
-    for i, path in enumerate(shards):
-        shard = prepare.load_file(path)
-        prepare.search_shard_cuda(torch.from_numpy(queries.T.copy()), shard["pointers"], shard["passages"], shard["weights"],
-                                  min(50, 230 - 50 * i), 50 * i, best, got)
-    assert np.array_equal(best, order) and np.array_equal(got, scores)
 
 
 def test_retrieval_is_a_dense_product(settings, whole, tiny):
@@ -597,7 +463,7 @@ def test_answers_on_their_way_when_another_fails_are_kept(settings, server, tmp_
 
 
 def killed(folder, args, states):
-    """Starts a run and kills it when it has gone through so many states of its folder, or lets it end; -> how many."""
+    """Starts a run and kills it when its folder has gone through `states` states, or lets it end; -> how many there were."""
     process = subprocess.Popen(args, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     seen = set()
@@ -655,7 +521,7 @@ def test_answers_torn_by_a_crash(settings, whole, tmp_path, monkeypatch):
     # answers that the teacher would not give, to see that they are kept; of more processes than now
     kept = {json.loads(line)["_id"]: f"kept {i}" for i, line in enumerate(lines[:7])}
     for name, rows in (("000003", list(kept.items())[:4]), ("000000", list(kept.items())[4:])):
-        write(folder / "teacher.jsonl.parts" / name, b"".join(prepare.to_line(dict(_id=i, model=settings["teacher"], answer=a)) for i, a in rows) + lines[9][:-9])
+        write(folder / "teacher.jsonl.parts" / name, b"".join(to_line(dict(_id=i, model=settings["teacher"], answer=a)) for i, a in rows) + lines[9][:-9])
     make(tmp_path, monkeypatch, settings)
     want = [json.loads(line) for line in lines]
     assert load(folder / "teacher.jsonl") == [{**x, "answer": kept.get(x["_id"], x["answer"])} for x in want]
@@ -922,18 +788,6 @@ def test_unreadable_files_on_the_command_line(settings, tmp_path):
 # ---- memory
 
 
-def peak_memory(code):
-    """MiB that a process of this code has had resident at most (ru_maxrss would count the pytest that it comes from)."""
-    if not os.path.exists("/proc/self/status"):
-        pytest.skip("no /proc")
-    code += "\nprint(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
-    done = run(ROOT, [sys.executable, "-c", code])
-    assert done.returncode == 0, done.stderr
-    mib = float(done.stdout.splitlines()[-1])
-    print(f"{mib:.0f} MiB")
-    return mib
-
-
 def examples_memory(tmp_path, n):
     x = json.dumps(dict(query="who is the mayor?", documents=[dict(title="Loku", text="The mayor is Tuson. " * 6)] * 5, answer="Tuson"))
     with open(tmp_path / "train.jsonl", "w") as f:
@@ -971,27 +825,6 @@ def test_memory_of_a_million_passages(settings, tmp_path):
     assert corpus_memory(settings, tmp_path, 1_000_000) < 2048
 
 
-def search_memory(tmp_path, n, shard_passages):
-    """Of a search in a synthetic index of n passages, which another process has written."""
-    index = str(tmp_path / str(n))
-    os.mkdir(index)
-    head = f"import os, bench, prepare, numpy\nprepare.SHARD_PASSAGES = {shard_passages}\nrng = numpy.random.default_rng(0)\n"
-    peak_memory(head + f"bench.write_index({index!r}, rng, {n})")
-    return peak_memory(head + f"q = bench.sparse_matrix(rng, 64, 40)\n"
-                       f"shards = sorted(os.path.join({index!r}, name) for name in os.listdir({index!r}))\n"
-                       f"best, _ = prepare.search(shards, q, 30522, 50, 'cpu')\n"
-                       f"assert best.min() >= 0 and best.max() > {n} * 0.9")
-
-
-def test_memory_of_search(tmp_path):
-    assert search_memory(tmp_path, 80_000, 5000) < search_memory(tmp_path, 40_000, 5000) + 20  # 45 MB more on disk
-
-
-@pytest.mark.slow
-def test_memory_of_search_in_a_million_passages(tmp_path):
-    assert search_memory(tmp_path, 1_000_000, 100_000) < 2048
-
-
 # ---- file systems
 
 
@@ -1023,18 +856,6 @@ def test_no_lock_is_said_and_a_held_one_stops(settings, tmp_path, monkeypatch, c
     for number in (errno.EACCES, errno.EWOULDBLOCK):
         monkeypatch.setattr(fcntl, "flock", refuse(number))
         assert "another prepare.py is at work" in wrong(capfd, tmp_path, monkeypatch, settings, last_stage="queries")
-
-
-def test_a_checkout_that_cannot_be_written_compiles_without_a_cache(monkeypatch):
-    njit = numba.njit
-
-    def no_place(*args, cache=False, **kwargs):
-        if cache:
-            raise RuntimeError("cannot cache function 'f': no locator available")
-        return njit(*args, **kwargs)
-
-    monkeypatch.setattr(numba, "njit", no_place)
-    assert prepare.compiled(lambda x: x + 1)(1) == 2
 
 
 # ---- models of another make

@@ -3,25 +3,26 @@
 import json
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import regex
 import tiktoken
 from transformers import AutoTokenizer
 
-import prepare
-
 ROOT = Path(__file__).resolve().parent.parent
+world = SimpleNamespace(**runpy.run_path(str(ROOT / "data" / "toy" / "prepare.py")))
 
 
 def test_a_question_has_one_answer_in_one_of_five_passages():
     rng = random.Random(0)
     for _ in range(200):
-        x = prepare.draw_example(rng)
+        x = world.draw_example(rng)
         assert len(x["documents"]) == 5
         name, fact = regex.fullmatch(r"What is (\w+)'s (\w+)\?", x["query"]).groups()
         statement = f"{name}'s {fact} is {x['answers'][0]}."
@@ -32,16 +33,16 @@ def test_a_question_has_one_answer_in_one_of_five_passages():
 
 
 def test_tokenizer_is_one_token_a_word_and_tiktokens_own(tmp_path):
-    tokenizer = prepare.make_tokenizer(str(tmp_path), random.Random(0))
+    tokenizer = world.make_tokenizer(str(tmp_path), random.Random(0))
     again = AutoTokenizer.from_pretrained(tmp_path)
     ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / "tokenizer.tiktoken"))
-    encoding = tiktoken.Encoding("toy", pat_str=prepare.WORD, mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("toy", pat_str=world.WORD, mergeable_ranks=ranks, special_tokens={})
     rng = random.Random(1)
     for _ in range(50):
-        x = prepare.draw_example(rng)
+        x = world.draw_example(rng)
         for text in [x["query"], *x["documents"], "\n\n".join(x["documents"])]:
             ids = tokenizer(text).input_ids
-            assert len(ids) == len(regex.findall(prepare.WORD, text))
+            assert len(ids) == len(regex.findall(world.WORD, text))
             assert ids == encoding.encode(text) == again(text).input_ids and tokenizer.decode(ids) == text
     assert tokenizer.decode(tokenizer("Ångström's 7 unknown words").input_ids) == "Ångström's 7 unknown words"
 
@@ -56,30 +57,52 @@ def scores(folder, *args):
     return json.loads(python(folder, "sample.py", "--data=data/toy/test.jsonl", *args).splitlines()[-1])
 
 
-def toy(folder, prepare_settings, train_settings):
-    """config/toy.py from nothing in a folder of its own; -> what train.py printed, the scores of data/toy/test.jsonl."""
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
-    shutil.copytree(ROOT / "config", folder / "config")
-    script = (folder / "prepare.py").read_text()
-    for name, value in prepare_settings.items():
-        script, n = regex.subn(rf"^{name} = \d+", f"{name} = {value}", script, flags=regex.MULTILINE)
-        assert n == 1
-    (folder / "prepare.py").write_text(script)
-    return python(folder, "train.py", "config/toy.py", *train_settings), scores(folder)
+def checkout(folder):
+    """Copies the project, as it is without any data."""
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), ROOT / "data" / "toy" / "prepare.py"]:
+        copy = folder / script.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(script, copy)
+
+
+SHORT = ["--llm_steps=3", "--encoder_steps=3", "--train_examples=64", "--val_examples=20", "--test_examples=10"]
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
+    """config/toy.py from nothing, in short; -> the folder, what train.py printed, the scores of data/toy/test.jsonl"""
     folder = tmp_path_factory.mktemp("toy")
-    return folder, *toy(folder, dict(llm_steps=3, encoder_steps=3, train_examples=64, val_examples=20, test_examples=10),
-                        ["--epochs=1.0", "--eval_samples=4"])
+    checkout(folder)
+    # what train.py starts makes the toy of other settings
+    script = folder / "data" / "toy" / "prepare.py"
+    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '{ROOT}/prepare.py', '--dataset=toy', *{SHORT}], check=True)\n")
+    return folder, python(folder, "train.py", "config/toy.py", "--epochs=1.0", "--eval_samples=4"), scores(folder)
 
 
 def test_the_toy_in_short(short):
     _, out, found = short
     assert "2 steps of 32" in out and "positions read by the generator" in out and "teacher" in out
     assert found.keys() == {"compressed", "full", "none"}
+
+
+def test_the_toy_has_settings_of_its_own(short, tmp_path):
+    """data/toy/prepare.py makes the same files alone, by the same settings."""
+    python(tmp_path, ROOT / "data" / "toy" / "prepare.py", *SHORT)
+    made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert Path("data/toy/decoder/model.safetensors") in made and Path("data/toy/qrels.val.tsv") in made
+    for path in made:
+        assert (tmp_path / path).read_bytes() == (short[0] / path).read_bytes(), path
+    done = subprocess.run([sys.executable, ROOT / "prepare.py", "--dataset=toy", "--llm_steps=0"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: llm_steps must be at least 1, not 0\n"
+
+
+@pytest.mark.parametrize("script, wrong, says", [
+    ("data/toy/prepare.py", "--llm_steps=0", "llm_steps must be at least 1, not 0"), ("train.py", "--task=x", "task is answer or pretrain, not 'x'")])
+def test_training_the_toy_takes_no_numba_and_no_requests(script, wrong, says):
+    """Both scripts come to look at their settings, which they do after all their imports."""
+    blocked = "import runpy, sys\nsys.modules.update(numba=None, requests=None)\nsys.argv = sys.argv[1:]\nsys.path[0] = '.'\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", blocked, script, wrong], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == f"error: {says}\n"
 
 
 @pytest.mark.parametrize("table, rows, has", [
@@ -96,7 +119,9 @@ def test_a_table_in_short(short, table, rows, has):
 
 @pytest.mark.slow
 def test_the_toy_learns(tmp_path):
-    _, found = toy(tmp_path, {}, [])
+    checkout(tmp_path)
+    python(tmp_path, "train.py", "config/toy.py")
+    found = scores(tmp_path)
     assert found["compressed"]["em"] >= 0.90 and found["full"]["em"] >= 0.95 and found["none"]["em"] <= 0.10
     python(tmp_path, "train.py", "config/pretrain_toy_modernbert.py")
     python(tmp_path, "train.py", "config/toy_modernbert.py", "--init_from=out/pretrain_toy_modernbert/best",

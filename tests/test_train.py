@@ -161,7 +161,7 @@ def test_killed_at_random_moments(job, trained, tmp_path):
 @pytest.mark.slow
 def test_the_toy_killed_at_30_random_moments(tmp_path):
     """config/toy.py, shortened to 60 steps with a checkpoint every 5."""
-    if not os.path.isdir(os.path.join(ROOT, "data", "toy")):
+    if not os.path.exists(os.path.join(ROOT, "data", "toy", "train.jsonl")):
         run("prepare.py", "--dataset=toy")
     args = ["config/toy.py", "--max_iters=60", "--eval_interval=5", "--eval_examples=32", "--eval_samples=8",
             "--log_interval=1", "--sample_at_end=False"]

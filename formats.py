@@ -1,0 +1,199 @@
+"""
+The field's file formats: corpora and queries as BEIR, MS MARCO, DPR and KILT have them, and TREC runs.
+
+A file is known by what is in it, not by its name; it may be compressed with gzip. Whatever is wrong with one ends the
+program in a single line that names the file and the line.
+"""
+
+import gzip
+import json
+import math
+import re
+import zlib
+from itertools import groupby, islice
+
+from configurator import fail
+from files import read_lines
+
+
+def lines(path, bar=None):
+    """Yields (line number, line without its end) of every line that is not blank of a text file or .gz; bar counts the
+    file's bytes."""
+    try:
+        with open(path, "rb") as raw, gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw as f:
+            for number, line in enumerate(read_lines(f), 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as e:
+                    fail(f"{path}, line {number}: not UTF-8: {e.reason} at byte {e.start} of the line")
+                if bar is not None and number % 1000 == 0:
+                    bar.update(raw.tell() - bar.n)
+                if text.strip():
+                    yield number, text
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        fail(f"{path}: a damaged gzip file: {e}")
+
+
+def file_format(path):
+    """json (JSON Lines), tsv or text, by what the first lines of a file look like."""
+    first = [line for _, line in islice(lines(path), 10)]
+    if first and first[0].lstrip()[0] in "{[":
+        return "json"
+    ids = [line.split("\t")[0].strip() for line in first]
+    in_columns = all("\t" in line for line in first) and not any(" " in id for id in ids)
+    return "tsv" if in_columns or path.removesuffix(".gz").endswith(".tsv") else "text"
+
+
+# ---- records: JSON objects, or rows of columns
+
+
+# what a header may call the columns of a .tsv
+COLUMNS = {name: key for key, names in dict(
+    _id="_id id docid doc_id did pid passage_id qid query_id query-id", url="url", title="title",
+    text="text body passage contents query question").items() for name in names.split()}
+
+
+def columns_of(line):
+    """The names of a .tsv's columns, by its first line, and whether that is a header. Without one: id, text (and
+    title), as MS MARCO's passages and queries, or id, url, title, body, as its documents."""
+    cells = [cell.strip().lower() for cell in line.split("\t")]
+    if len(cells) > 1 and all(cell in COLUMNS for cell in cells):
+        return [COLUMNS[cell] for cell in cells], True
+    if len(cells) == 4 and re.match(r"https?://|www\.", cells[1]):
+        return ["_id", "url", "title", "text"], False
+    return ["_id", "text", "title"], False
+
+
+def unquoted(cell):
+    """A cell without csv's quotes, where it has them, as the passages of DPR do."""
+    inner = cell[1:-1].replace('""', "")
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner
+    return cell[1:-1].replace('""', '"') if quoted else cell
+
+
+def tsv_record(where, line, names, has_header):
+    cells = line.split("\t")
+    if len(cells) == 1:
+        fail(f"{where}: no tab: a .tsv file holds id, text on a line")
+    if len(cells) > len(names):
+        fail(f"{where}: {len(cells)} columns, of which the first line tells no more than "
+             f"{', '.join(name.strip('_') for name in names)}")
+    return dict(zip(names, map(unquoted, cells) if has_header else cells))
+
+
+def json_record(where, line):
+    try:
+        x = json.loads(line)
+        if "\\ud" in line.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
+            json.dumps(x, ensure_ascii=False).encode()
+    except ValueError as e:
+        fail(f"{where}: broken JSON: {e}")
+    if not isinstance(x, dict):
+        fail(f"{where}: not a JSON object")
+    return x
+
+
+def records(path, bar=None):
+    """Yields ("FILE, line N", object) of every line of a file of JSON Lines or of columns between tabs."""
+    kind = file_format(path)
+    number, first = next(lines(path), (0, ""))
+    if kind == "text":
+        fail(f"{path}, line {number}: neither a JSON object nor columns between tabs")
+    names, has_header = columns_of(first)
+    for i, (number, line) in enumerate(lines(path, bar)):
+        where = f"{path}, line {number}"
+        if kind == "json":
+            yield where, json_record(where, line)
+        elif i > 0 or not has_header:
+            yield where, tsv_record(where, line, names, has_header)
+
+
+def check_id(where, id):
+    """The id as a string. Exits unless it is a single word: TREC runs have white space between their columns."""
+    if id in (None, ""):
+        fail(f"{where}: '_id' is missing or empty")
+    if isinstance(id, bool) or not isinstance(id, (str, int)) or str(id).split() != [str(id)]:
+        fail(f"{where}: _id {id!r} is no word or number")
+    return str(id)
+
+
+# ---- corpora, queries
+
+
+def document_id(x):
+    return x.get("_id", x.get("wikipedia_id"))
+
+
+def kilt_text(paragraphs, title):
+    """The text of a page of KILT's: its first paragraph repeats the title, headings and list items carry a mark."""
+    paragraphs = [re.sub(r"^(Section::::|BULLET::::-?\s*)", "", p).strip() for p in paragraphs]
+    return "\n".join(p for i, p in enumerate(paragraphs) if p and (i > 0 or p != title))
+
+
+def read_documents(path, bar=None):
+    """Yields (id, title, text) of every document of a corpus."""
+    for where, x in records(path, bar):
+        title = x.get("title", x.get("wikipedia_title")) or ""
+        text = x["text"] or "" if "text" in x else None  # null is an empty text
+        if isinstance(text, list) and all(isinstance(p, str) for p in text):
+            text = kilt_text(text, title)
+        for name, value in (("text", text), ("title", title)):
+            if not isinstance(value, str):
+                fail(f"{where}: '{name}' is missing or no string")
+        yield check_id(where, document_id(x)), title.strip(), text
+
+
+def read_queries(path):
+    """Yields ("FILE, line N", {"_id", "text", "answers"}) of every query; without ids a query's line number is its
+    id."""
+    if file_format(path) == "text":
+        for number, line in lines(path):
+            yield f"{path}, line {number}", dict(_id=str(number), text=line.strip(), answers=[])
+        return
+    for where, x in records(path):
+        text, metadata = x.get("text"), x.get("metadata")
+        if not isinstance(text, str) or not text.strip():
+            fail(f"{where}: 'text' is missing or empty")
+        answers = metadata.get("answers") or [] if isinstance(metadata, dict) else []
+        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            fail(f"{where}: metadata.answers is not a list of strings")
+        yield where, dict(_id=check_id(where, x.get("_id")), text=text.strip(), answers=answers)
+
+
+# ---- TREC runs: a line is query, Q0, passage, rank, score, tag
+
+
+def run_lines(query, passages, scores, tag):
+    """The lines of a query, as bytes. Scores have all their digits: they become targets."""
+    return b"".join(f"{query} Q0 {p} {i} {s} {tag}\n".encode() for i, (p, s) in enumerate(zip(passages, scores), 1))
+
+
+def read_run(path):
+    """Yields (query id, [(passage id, score), ..]) of a run of our own: the lines of a query stand together, best
+    first."""
+    rows = (line.split() for _, line in lines(path))
+    for query, group in groupby(rows, key=lambda row: row[0]):
+        yield query, [(row[2], float(row[4])) for row in group]
+
+
+def read_others_run(path, bar):
+    """Yields ("FILE, line N", query id, passage id, score) of every line of any run, in any order. As trec_eval, it
+    does not look at the ranks."""
+    for number, line in lines(path, bar):
+        where, columns = f"{path}, line {number}", line.split()
+        try:
+            query, _, passage, _, score, _ = columns
+            score = float(score)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            fail(f"{where}: not a line of a TREC run: query Q0 passage rank score tag, with a number as score")
+        yield where, query, passage, score
+
+
+# ---- files of our own
+
+
+def to_line(x):
+    """An object as a line of JSON Lines, as bytes."""
+    return json.dumps(x, ensure_ascii=False).encode() + b"\n"
