@@ -1,14 +1,14 @@
 """
-What compression costs and saves, and what its parts cost beside the usual way of doing them, side by side in one run:
+What compression costs and saves, and what its parts cost next to the usual way of doing them, side by side in one run:
 
-    python bench.py                              # FLOPs of one query, beside the paper's; no weights, no GPU
+    python bench.py                              # FLOPs of one query, next to the paper's; no weights, no GPU
     python bench.py --docs=5,10,20,50 --plot=assets           # and against the number of documents, drawn
     python bench.py --runs=out/toy,out/one --plot=assets      # cost against accuracy of runs of train.py
     python bench.py --what=time --generator=smollm2-135m      # ms a query, compressed and not
-    python bench.py --what=train --generator=smollm2-135m     # a training step, beside the ordinary way of writing it
-    python bench.py --what=attention --generator=smollm2-135m # of the packed sequence, beside other ways to mask it
-    python bench.py --what=lora                               # LoRALinear, beside PEFT's
-    python bench.py --what=decode --generator=smollm2-135m    # generation, beside transformers' generate()
+    python bench.py --what=train --generator=smollm2-135m     # a training step, next to the ordinary way of writing it
+    python bench.py --what=attention --generator=smollm2-135m # of the packed sequence, next to other ways to mask it
+    python bench.py --what=lora                               # LoRALinear, next to PEFT's
+    python bench.py --what=decode --generator=smollm2-135m    # generation, next to transformers' generate()
     python bench.py --what=prepare --splade=FOLDER --corpus=corpus.jsonl   # encoding and search of prepare.py
 
 Needs requirements-dev.txt, which has what is compared with. Before anything is timed, both sides must give the same.
@@ -140,7 +140,7 @@ def random_weights(device):
     for cls in (AutoModel, AutoModelForCausalLM):
         stack.enter_context(patch.object(cls, "from_pretrained", classmethod(made)))
     if device == "meta":  # no numbers to look at
-        for name in ("compressor", "model"):
+        for name in ("pretrained", "model"):
             stack.enter_context(patch(f"{name}.embedding_std", lambda embed: 1.0))
         stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: True))
         stack.enter_context(patch("torch.is_autocast_enabled", lambda *_: False))  # torch 2.9 knows no meta there
@@ -580,7 +580,7 @@ def bench_attention():
 
 
 def bench_lora():
-    """LoRALinear beside PEFT's layer, forward and backward over 1,024 tokens."""
+    """LoRALinear next to PEFT's layer, forward and backward over 1,024 tokens."""
     import peft
 
     def kept(layer, x):
@@ -630,7 +630,7 @@ def bench_lora():
 
 
 def bench_decode():
-    """Our generation beside transformers' generate(), from the same embeddings."""
+    """Our generation next to transformers' generate(), from the same embeddings."""
     model, rows = build(compressors.split(",")[0], inference=True), []
     model.generator.generation_config.eos_token_id = None  # theirs, too, writes answer_tokens tokens
     compiled = deepcopy(model)

@@ -194,12 +194,16 @@ class Checkpoints:
     """The checkpoints in out_dir. step: that of last/, as far as this run has written or read one."""
 
     def __init__(self, out_dir):
+        if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+            fail(f"out_dir={out_dir} is not a folder")
         self.out_dir, self.step, self.metrics = out_dir, 0, f"{out_dir}/metrics.jsonl"
         self.last, self.previous, self.best, self.damaged = (
             f"{out_dir}/{name}" for name in ("last", "previous", "best", "damaged"))
 
-    def exist(self):
-        return any(map(os.path.isdir, (self.last, self.previous, self.best)))
+    def must_not_exist(self):
+        if any(map(os.path.isdir, (self.last, self.previous, self.best))):
+            fail(f"{self.out_dir} holds a run already: --init_from=resume goes on with it; for a new one choose "
+                 "another --out_dir or remove the folder")
 
     def describe(self):
         if not self.step:
@@ -264,7 +268,7 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as e:  # torch.save raises RuntimeError for a failed write
             shutil.rmtree(f"{self.last}.tmp", ignore_errors=True)
             shutil.rmtree(f"{self.best}.tmp", ignore_errors=True)
-            while e.__context__:  # torch.save hides the reason behind errors of its own
+            while e.__context__:  # torch.save hides the reason in errors of its own
                 e = e.__context__
             fail(f"step {step:,}: {what} could not be written: {first_line(e)}; {self.describe()}")
 

@@ -29,19 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 
+import pretrained
 from packed import only_memory
-from pretrained import (
-    decoder_layers,
-    embedding_std,
-    first_layers,
-    first_position,
-    load_config,
-    load_model,
-    load_tokenizer,
-    other_layers,
-    plain_text,
-    probe_compressor,
-)
 
 
 def left_pad(rows, width=1):
@@ -83,10 +72,10 @@ class BackboneCompressor(Compressor):
         super().__init__(config, generator)
         self.config = c = config
         backbone.config.use_cache = False
-        self.tokenizer, self.backbone = load_tokenizer(name), backbone
-        self.plain = plain_text(self.tokenizer)
+        self.tokenizer, self.backbone = pretrained.load_tokenizer(name), backbone
+        self.plain = pretrained.plain_text(self.tokenizer)
         embed = backbone.get_input_embeddings()
-        std, width = embedding_std(embed), embed.embedding_dim
+        std, width = pretrained.embedding_std(embed), embed.embedding_dim
         self.memory_tokens = nn.Parameter(std * torch.randn(c.num_memory_tokens, width))
         if c.enable_reranking:
             self.rr_token = nn.Parameter(std * torch.randn(1, width))
@@ -102,21 +91,21 @@ class BackboneCompressor(Compressor):
         self.longest_query = max(1, len(self.start) + (len(self.between) + c.query_tokens) * c.query_dependent)
         self.longest_document = c.doc_tokens + len(self.end)
         self.longest = self.longest_query + self.longest_document + c.num_memory_tokens + c.enable_reranking
-        self.first_position = first_position(backbone)
+        self.first_position = pretrained.first_position(backbone)
         limit = (getattr(backbone.config, "max_position_embeddings", None) or self.longest) - self.first_position
         if self.longest > limit:
             raise ValueError(f"query, document and memory tokens ({self.longest}) are longer than the compressor's "
                              f"{limit} positions: lower doc_tokens or query_tokens")
         # the packed mask knows no window, and some old architectures have no attention but their own
         self.packed = (any(getattr(m, "is_causal", False) for m in backbone.modules())
-                       and not other_layers(backbone.config)
+                       and not pretrained.other_layers(backbone.config)
                        and self.longest <= (getattr(backbone.config, "sliding_window", None) or self.longest)
                        and backbone._can_set_attn_implementation())
         if self.packed:
             backbone.set_attn_implementation(f"packed_{backbone.config._attn_implementation}")
-            only_memory(decoder_layers(backbone)[-1], c.num_memory_tokens + c.enable_reranking)
+            only_memory(pretrained.decoder_layers(backbone)[-1], c.num_memory_tokens + c.enable_reranking)
         if self.memory_tokens.device.type != "meta":
-            probe_compressor(self, name)
+            pretrained.probe_compressor(self, name)
 
     def tokens(self, texts, max_tokens):
         """The first max_tokens token ids of each text, no special tokens."""
@@ -189,10 +178,10 @@ class BackboneCompressor(Compressor):
 class NLayersCompressor(BackboneCompressor):
     """The first num_layers layers of the generator, with no head (paper, section 3: "OSCAR-N-Layers"). compressor_norm:
     with its final norm (the authors' released class drops it, and nothing scales: memory is then three times as large
-    for SmolLM2). Raises what first_layers() raises."""
+    for SmolLM2). Raises what pretrained.first_layers() raises."""
 
     def __init__(self, config, generator):
-        backbone = first_layers(config.generator, config.num_layers, config.compressor_norm)
+        backbone = pretrained.first_layers(config.generator, config.num_layers, config.compressor_norm)
         super().__init__(config, generator, config.generator, backbone)
 
 
@@ -210,10 +199,10 @@ class ModernBERTCompressor(BackboneCompressor):
 
     def __init__(self, config, generator):
         name, embed = config.compressor_model, generator.get_input_embeddings()
-        shape = load_config(name)
+        shape = pretrained.load_config(name)
         if shape.is_encoder_decoder:
             raise ValueError(f"{name} is an encoder-decoder ({shape.model_type}): a compressor is one or the other")
-        backbone = load_model(AutoModel, name, shape, dtype=torch.float32)
+        backbone = pretrained.load_model(AutoModel, name, shape, dtype=torch.float32)
         if hasattr(backbone, "pooler"):  # BERT's, for [CLS]: it would never get a gradient here
             backbone.pooler = None
         super().__init__(config, generator, name, backbone)
@@ -223,7 +212,7 @@ class ModernBERTCompressor(BackboneCompressor):
                 self.memory_tokens.mul_(0.3).add_(mask)  # equal ones take long to part
         hidden, d = backbone.config.hidden_size, embed.embedding_dim
         up, down = nn.Linear(hidden, config.projection_hidden), nn.Linear(config.projection_hidden, d)
-        self.projection, self.generator_std = nn.Sequential(up, nn.ReLU(), down), embedding_std(embed)
+        self.projection, self.generator_std = nn.Sequential(up, nn.ReLU(), down), pretrained.embedding_std(embed)
         self.scale = nn.Parameter(torch.ones(1))
         half = config.projection_hidden // 2
         basis = nn.init.orthogonal_(torch.empty(half, hidden))

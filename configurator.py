@@ -12,6 +12,7 @@ import ast
 import difflib
 import os
 import sys
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -57,24 +58,7 @@ def configure(settings, argv=None):
                 path = os.path.join(os.path.dirname(settings.get("__file__", "")), path)
             if not os.path.isfile(path):
                 fail(f"config file {arg} does not exist (a setting is written --name=value)")
-            scope = {"__file__": path, "__name__": "config"}
-            folder, modules = os.path.dirname(os.path.abspath(path)), {*sys.modules}
-            sys.path.insert(0, folder)  # a config may import its neighbour
-            try:
-                with open(path, encoding="utf-8-sig") as f:
-                    tree = ast.parse(f.read(), path)
-                for node in tree.body:
-                    if isinstance(node, ast.AnnAssign) and node.value is None:
-                        fail(f"config file {arg}, line {node.lineno}: '{ast.unparse(node)}' sets nothing: a setting is "
-                             "written name = value")
-                exec(compile(tree, path, "exec"), scope)
-            except Exception as e:
-                fail(f"config file {arg}: {type(e).__name__}: {' '.join(str(e).split())}")
-            finally:
-                sys.path.remove(folder)
-                for name in {*sys.modules} - modules:  # another config's neighbour may have the same name
-                    if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
-                        del sys.modules[name]
+            scope = run_config(path, arg)
             for name, value in scope.items():
                 if not name.startswith("_") and not isinstance(value, ModuleType) and not callable(value):
                     override(name, value, arg)
@@ -95,6 +79,29 @@ def configure(settings, argv=None):
     return {name: settings[name] for name in names}
 
 
+def run_config(path, name):
+    """The globals of a config file, which may import its neighbours. name: as the user wrote it."""
+    scope = {"__file__": path, "__name__": "config"}
+    folder, modules = os.path.dirname(os.path.abspath(path)), {*sys.modules}
+    sys.path.insert(0, folder)
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            tree = ast.parse(f.read(), path)
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and node.value is None:
+                fail(f"config file {name}, line {node.lineno}: '{ast.unparse(node)}' sets nothing: a setting is "
+                     "written name = value")
+        exec(compile(tree, path, "exec"), scope)
+    except Exception as e:
+        fail(f"config file {name}: {type(e).__name__}: {' '.join(str(e).split())}")
+    finally:
+        sys.path.remove(folder)
+        for module in {*sys.modules} - modules:  # another config's neighbour may have the same name
+            if os.path.dirname(getattr(sys.modules[module], "__file__", None) or "") == folder:
+                del sys.modules[module]
+    return scope
+
+
 def print_help(settings):
     """A script's first lines and its settings, which stand between two lines of dashes, with their comments."""
     print(settings["__doc__"])
@@ -111,6 +118,14 @@ def print_help(settings):
 def under_torchrun():
     """Whether torchrun has started this process. Other launchers set some of its variables, too."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def import_or_fail(name, setting):
+    """A module that only one setting needs. Exits with one line when it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError:
+        fail(f"{setting} needs {name}: pip install {name}")
 
 
 def at_least(settings, **least):

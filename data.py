@@ -23,8 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from configurator import fail
 from distributed import print0
 from files import read_lines
+from pretrained import load_tokenizer
 
 
 def is_document(d):
@@ -188,7 +190,7 @@ class Documents(Examples):
 
 
 class Chunks(Documents):
-    """Examples to pretrain on, two of every document: one asks for a chunk of it again, one for what comes behind a
+    """Examples to pretrain on, two of every document: one asks for a chunk of it again, one for what follows a
     chunk (auto-encoding and continuation; COCOM, arXiv 2407.09252, section 3.3; OSCAR, appendix I). A chunk has at most
     max_tokens of the tokeniser's, begins anywhere, and is the same every time.
 
@@ -214,19 +216,29 @@ class Chunks(Documents):
                     answer=cut(start + (pieces - 1) * size))
 
 
+def open_data(c):
+    """train_data and val_data of a run of train.py with the settings c. Exits with one line where they cannot be used,
+    and says it when reranking_scores are so large that the loss of the answers is lost next to theirs."""
+    try:
+        if c["task"] == "pretrain":
+            tokenizer = load_tokenizer(c["generator"])
+            return [Chunks(c[name], tokenizer, c["doc_tokens"]) for name in ("train_data", "val_data")]
+        train, val = (Examples(c[name], need_scores=c["enable_reranking"]) for name in ("train_data", "val_data"))
+    except (ValueError, OSError) as e:
+        fail(e)
+    if c["enable_reranking"]:
+        squares = [sum(s * s for s in x["reranking_scores"][:c["num_documents"]])
+                   for x in map(train.__getitem__, range(min(1000, len(train))))]
+        begin = c["rerank_lambda"] * sum(squares) / len(squares)
+        if begin > 50:  # answers begin at a loss of 2 to 6
+            print0(f"reranking_scores are large: they begin with a loss of {begin:,.0f}, next to which the answers' is "
+                   "lost: take a cross-encoder's scores, or a smaller rerank_lambda")
+    return train, val
+
+
 def text_length(x):
     """What tells examples apart in length; documents are mostly cut to doc_tokens."""
     return len(x["query"] + x["answer"])
-
-
-def warn_of_large_scores(examples, num_documents, rerank_lambda):
-    """One line when the reranking_scores are so large that the loss of the answers is lost next to theirs."""
-    squares = [sum(s * s for s in x["reranking_scores"][:num_documents])
-               for x in map(examples.__getitem__, range(min(1000, len(examples))))]
-    begin = rerank_lambda * sum(squares) / len(squares)
-    if begin > 50:  # answers begin at a loss of 2 to 6
-        print0(f"reranking_scores are large: they begin with a loss of {begin:,.0f}, next to which the answers' is "
-               "lost: take a cross-encoder's scores, or a smaller rerank_lambda")
 
 
 class StepExamples:

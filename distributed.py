@@ -6,6 +6,7 @@ TorchNeuron. Notable: counts, losses and signals travel between processes by Glo
 import math
 import os
 import signal
+import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,17 +120,26 @@ def share(x=None):
     return box[0]
 
 
+def run_script(name, **settings):
+    """Runs another script of ours, by itself: not as one of torchrun's processes."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, f"{here}/{name}", *(f"--{key}={value}" for key, value in settings.items())],
+                   check=True, env=env)
+
+
 def stop(message):
     """Ends every process, for what all of them have found; the first one says it."""
     fail(message) if rank == 0 else sys.exit(1)
 
 
 def leave():
-    """Ends a process of several."""
+    """Ends this process."""
     if world > 1:
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)  # next to Gloo's threads an interpreter that shuts down now and then aborts
+    sys.exit()
 
 
 class Signals:
@@ -153,6 +163,13 @@ class Signals:
     def caught(self):
         """Whether any process has got one; all have to ask."""
         return host_sum(self.name is not None) > 0
+
+    def until_caught(self, items):
+        """Yields the items, of which all processes have as many, until one of them has got a signal."""
+        for item in items:
+            if self.caught():
+                return
+            yield item
 
     def restore(self):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

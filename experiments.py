@@ -22,7 +22,7 @@ table = "compressors"  # or rate, length, documents, query, training, reranking
 steps = 600  # of 32 examples, of each run
 pretrain_steps = 300  # of 64 chunks
 max_samples = 0  # of the 500 test questions; 0 = all
-rows = 0  # only the first so many of a table; 0 = all
+rows = 0  # only the first n of a table; 0 = all
 seed = 1337  # of the training runs, not of the toy world
 out_dir = "out/experiments"
 plot = ""  # a folder for the drawing of table rate

@@ -1,10 +1,14 @@
 """
-FLOPs of a training step, for the log's "mfu" (model FLOPs utilisation: the share of the device's peak).
+What the log says about size and speed: numbers of parameters, examples and tokens a second, and "mfu" (model FLOPs
+utilisation: the share of the device's peak), by the FLOPs of a training step.
 
 A token costs 6 FLOPs for each trained weight of a matrix product that it meets and 4 for each frozen one, which needs
 no gradient of its own (PaLM, arXiv 2204.02311, appendix B, counts 6 for all); attention's own products and what
 gradient checkpointing computes again are left out, as is the compressor's own LoRA.
 """
+
+import time
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -21,6 +25,13 @@ def peak_tflops_here(kind, dtype):
     if kind != "cuda" or dtype != "bfloat16":
         return 0.0
     return next((peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), 0.0)
+
+
+def describe_parameters(model):
+    """A line about the numbers of parameters."""
+    millions = lambda module, trained: sum(p.numel() for p in module.parameters() if p.requires_grad == trained) / 1e6
+    return (f"trained: compressor {millions(model.compressor, True):.2f}M, LoRA {millions(model.generator, True):.2f}M "
+            f"parameters; frozen: {millions(model, False):.2f}M")
 
 
 def matrix_weights(module):
@@ -62,3 +73,30 @@ class StepFlops:
                  + each * documents * learned * self.last
                  + generator * (4 * self.frozen + 6 * self.lora) + 4 * answer * self.head)
         return answer, compressor + generator, flops
+
+
+class Throughput:
+    """Examples, tokens and FLOPs a second since restart(), evaluations and checkpoints left out. peak: TFLOP/s of all
+    devices, 0 = unknown."""
+
+    def __init__(self, peak):
+        self.peak = peak
+        self.restart()
+
+    def restart(self):
+        self.began, self.sums = time.time(), dict(examples=0, tokens=0, flops=0)
+
+    @contextmanager
+    def paused(self):
+        t = time.time()
+        yield
+        self.began += time.time() - t
+
+    def add(self, examples, tokens, flops):
+        for name, n in dict(examples=examples, tokens=tokens, flops=flops).items():
+            self.sums[name] += n
+
+    def rates(self):
+        seconds = time.time() - self.began
+        rates = dict(examples_per_s=self.sums["examples"] / seconds, tokens_per_s=round(self.sums["tokens"] / seconds))
+        return rates | ({"mfu": self.sums["flops"] / seconds / (self.peak * 1e12)} if self.peak else {})

@@ -256,13 +256,6 @@ class ScaleDown(nn.Module):
         """The transformers within: the generator and those that the compressor is made of."""
         return [self.generator, *(m for m in self.compressor.children() if isinstance(m, PreTrainedModel))]
 
-    def describe(self):
-        """A line about the numbers of parameters."""
-        millions = lambda module, trained: sum(
-            p.numel() for p in module.parameters() if p.requires_grad == trained) / 1e6
-        return (f"trained: compressor {millions(self.compressor, True):.2f}M, LoRA "
-                f"{millions(self.generator, True):.2f}M parameters; frozen: {millions(self, False):.2f}M")
-
     def configure_optimizers(self, generator_lr, compressor_lr, weight_decay, betas, **kwargs):
         """AdamW with a learning rate for the LoRA and one for the compressor (its memory tokens and SEP with it).
         Weight decay on matrices only. kwargs: AdamW's own."""

@@ -13,11 +13,8 @@ that of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the
 
 import math
 import os
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from datetime import timedelta
 
 import numpy as np
@@ -26,14 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from checkpoint import Checkpoints
-from configurator import at_least, configure, fail
-from data import Chunks, Examples, StepExamples, text_length, warn_of_large_scores
+from configurator import at_least, configure, fail, import_or_fail
+from data import StepExamples, open_data, text_length
 from distributed import host_sum, print0
 from files import file_sha256
-from flops import StepFlops, peak_tflops_here
+from flops import StepFlops, Throughput, describe_parameters, peak_tflops_here
 from metrics import mean_scores
 from model import ScaleDown, ScaleDownConfig
-from pretrained import first_line, load_tokenizer
+from pretrained import first_line
 
 # -----------------------------------------------------------------------------
 # the paper's values (Table 7), for its N-layers compressor
@@ -100,22 +97,16 @@ if init_from not in ("scratch", "resume") and not os.path.isdir(init_from):
     fail(f"init_from is scratch, resume or the folder of a checkpoint, not '{init_from}'")
 if task not in ("answer", "pretrain"):
     fail(f"task is answer or pretrain, not '{task}'")
-if task == "pretrain" and enable_reranking:
-    fail("task=pretrain has no scores to learn: leave enable_reranking to the run that begins with it")
-if task == "pretrain" and sample_at_end:
-    fail("task=pretrain has no question to end with: sample_at_end=False")
-if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-    fail(f"out_dir={out_dir} is not a folder")
+if task == "pretrain" and (enable_reranking or sample_at_end):
+    fail("task=pretrain has neither scores to learn nor a question to end with: enable_reranking and sample_at_end are "
+         "for the run that begins with it")
 at_least(globals(), **{name: 0 for name, value in config.items() if type(value) in (int, float)})
 at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,
          log_interval=1)
 if max(beta1, beta2) >= 1 or epochs == 0:
     fail("beta1 and beta2 must be less than 1, epochs more than 0")
 if wandb_log:
-    try:
-        import wandb
-    except ImportError:
-        fail("wandb_log=True needs wandb: pip install wandb")
+    wandb = import_or_fail("wandb", "wandb_log=True")
 
 # device, processes
 processes = distributed.start(device, dtype, fsdp, gradient_accumulation_steps)
@@ -128,21 +119,10 @@ autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, dtype=t
 peak_tflops = peak_tflops or peak_tflops_here(kind, dtype)
 
 # data
-here = os.path.dirname(os.path.abspath(sys.argv[0]))
-one_process = {name: v for name, v in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 if train_data.startswith("data/toy/") and not os.path.exists(train_data) and rank == 0:
-    subprocess.run([sys.executable, f"{here}/data/toy/prepare.py"], check=True, env=one_process)
+    distributed.run_script("data/toy/prepare.py")
 host_sum(0)  # the others wait for it
-try:
-    if task == "pretrain":
-        tokenizer = load_tokenizer(generator)
-        train_set, val_set = (Chunks(path, tokenizer, doc_tokens) for path in (train_data, val_data))
-    else:
-        train_set, val_set = (Examples(path, need_scores=enable_reranking) for path in (train_data, val_data))
-except (ValueError, OSError) as e:
-    fail(e)
-if enable_reranking:
-    warn_of_large_scores(train_set, num_documents, rerank_lambda)
+train_set, val_set = open_data(config)
 examples_per_step = batch_size * gradient_accumulation_steps
 step_examples = StepExamples(train_set, examples_per_step, seed, world)
 steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
@@ -174,10 +154,9 @@ if resuming:
     if rank == 0:
         checkpoints.recover()
     host_sum(0)
-    state = checkpoints.read_state(run, {"task": "answer", **asdict(ScaleDownConfig())})
-elif not eval_only and checkpoints.exist():
-    fail(f"{out_dir} holds a run already: --init_from=resume goes on with it; for a new one choose another --out_dir "
-         "or remove the folder")
+    state = checkpoints.read_state(run, {"task": "answer", **vars(ScaleDownConfig())})
+elif not eval_only:
+    checkpoints.must_not_exist()
 
 # model
 torch.manual_seed(seed)
@@ -218,7 +197,7 @@ if xla:
     for p in parameters:  # never None: the first micro-batch of a step runs the graph of all others
         p.grad = torch.zeros_like(p)
 print0(f"{len(train_set):,} training and {len(val_set):,} validation examples, {steps:,} steps of {examples_per_step}")
-print0(model.describe())
+print0(describe_parameters(model))
 
 
 def lr_factor(step):
@@ -227,22 +206,13 @@ def lr_factor(step):
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
-def my_part(examples, stride, all_of_it=False):
-    """Of every `stride` examples those of this process. Ends early when a signal has come."""
-    for i in range(0, len(examples), stride):
-        if signals.caught():
-            return
-        part = examples[i:i + stride]
-        yield part if all_of_it else part[rank::world]
-
-
 @torch.no_grad()
 def evaluate():
-    """Validation loss and the scores of greedily generated answers, the examples spread over the processes; None when a
-    signal came in between."""
+    """Validation loss and scores of greedy answers, over all processes; None when a signal came in between."""
     sums = dict.fromkeys(("generation", "reranking", "tokens", "em", "f1", "match", "samples"), 0.0)
     model.eval()
-    for mine in my_part(val_examples, batch_size * world):
+    for i in signals.until_caught(range(0, len(val_examples), batch_size * world)):
+        mine = val_examples[i:i + batch_size * world][rank::world]
         # as many batches in every process (FSDP2), all full (XLA): what fills up counts nothing
         batch = collate((mine + val_examples[:1] * batch_size)[:batch_size])
         batch["labels"][len(mine):] = -100
@@ -255,7 +225,9 @@ def evaluate():
             sums[name] += part.item()
         sums["tokens"] += (batch["labels"] != -100).sum().item()
     # with FSDP2 the processes must go through the layers together, as often: each answers all
-    for mine in my_part(samples, batch_size if fsdp else batch_size * world, all_of_it=fsdp):
+    stride = batch_size if fsdp else batch_size * world
+    for i in signals.until_caught(range(0, len(samples), stride)):
+        mine = samples[i:i + stride] if fsdp else samples[i:i + stride][rank::world]
         if mine:
             full = (mine + mine[:1] * batch_size)[:batch_size] if static_shapes else mine
             try:
@@ -279,7 +251,6 @@ def evaluate():
 
 
 def stop_if(bad):
-    """bad: what StepLosses.fetch() has returned."""
     if bad:
         distributed.stop(f"{step_examples.describe(*bad, batch_size)}: stopped; {checkpoints.describe()}")
 
@@ -297,11 +268,10 @@ def save(is_best):
 
 
 def log(entry, more=""):
-    if rank == 0:
-        if not eval_only:
-            checkpoints.log(entry, step)
-        if wandb_log:
-            wandb.log(entry, step=entry.get("step"))
+    if rank == 0 and not eval_only:
+        checkpoints.log(entry, step)
+    if rank == 0 and wandb_log:
+        wandb.log(entry, step=entry.get("step"))
     print0(", ".join(f"{name} {value:.2e}" if name.endswith("_lr") else f"{name} {value:,}" if isinstance(value, int)
                      else f"{name} {value:.4f}" for name, value in entry.items()) + more)
 
@@ -311,7 +281,6 @@ model.train()
 if eval_only:
     log(evaluate())
     distributed.leave()
-    sys.exit()
 if rank == 0:
     checkpoints.open(step, state["is_best"])
     if wandb_log:
@@ -320,9 +289,8 @@ signals.listen()
 
 # training loop
 batches = get_micro_batches(step)
-since = dict(examples=0, tokens=0, flops=0)  # the last line of the log
 first, started = step, time.time()
-t0 = started  # of the last line of the log, moved on by the time that evaluations take
+throughput = Throughput(peak_tflops * world)
 while True:
     # how much all processes have to do in this step, and whether one of them is to stop
     counts = [sum(column) for column in zip(*map(flops.count, batches))] or [0, 0, 0]
@@ -337,9 +305,9 @@ while True:
 
     # evaluate and write checkpoints; a resumed run does not evaluate again what it has evaluated
     if (step % eval_interval == 0 or step == steps) and step != state["evaluated"]:
-        t1 = time.time()
         stop_if(step_losses.fetch())
-        result = evaluate()
+        with throughput.paused():
+            result = evaluate()
         if result is None:
             continue
         log({"step": step, **result})
@@ -349,8 +317,8 @@ while True:
         if step > 0:
             is_best = result["val_loss"] < state["best_val_loss"]
             state["best_val_loss"] = min(state["best_val_loss"], result["val_loss"])
-            save(is_best)
-        t0 += time.time() - t1
+            with throughput.paused():
+                save(is_best)
     if step >= steps:
         break
 
@@ -393,27 +361,20 @@ while True:
     step += 1
 
     # log
-    for name, n in (("examples", examples_per_step), ("tokens", step_tokens), ("flops", step_flops)):
-        since[name] += n
+    throughput.add(examples_per_step, step_tokens, step_flops)
     if step % log_interval == 0 or step == steps:
         stop_if(step_losses.fetch())  # on XLA the only time that losses are fetched
-        entry, seconds = {"step": step}, time.time() - t0
-        entry.update(step_losses.means())
-        entry.update(generator_lr=generator_lr * lr_factor(step - 1), compressor_lr=compressor_lr * lr_factor(step - 1),
-                     examples_per_s=since["examples"] / seconds, tokens_per_s=round(since["tokens"] / seconds))
-        if peak_tflops:
-            entry["mfu"] = since["flops"] / seconds / (peak_tflops * 1e12 * world)
+        lr = dict(generator_lr=generator_lr * lr_factor(step - 1), compressor_lr=compressor_lr * lr_factor(step - 1))
+        entry = {"step": step} | step_losses.means() | lr | throughput.rates()
         if state["skipped"]:
             entry["skipped"] = state["skipped"]
         left = (time.time() - started) / (step - first) * (steps - step)
         log(entry, f", {timedelta(seconds=round(left))} left")
         step_losses.clear_window()
-        since, t0 = dict.fromkeys(since, 0), time.time()
+        throughput.restart()
 
 signals.restore()
 if sample_at_end and not stopping and rank == 0:
-    args = dict(out_dir=checkpoints.best, val_data=val_data, candidates=num_documents, device="cpu" if xla else device,
-                dtype=dtype)
-    subprocess.run([sys.executable, f"{here}/sample.py", *(f"--{name}={value}" for name, value in args.items())],
-                   check=True, env=one_process)
+    distributed.run_script("sample.py", out_dir=checkpoints.best, val_data=val_data, candidates=num_documents,
+                           device="cpu" if xla else device, dtype=dtype)
 distributed.leave()

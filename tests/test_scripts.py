@@ -107,9 +107,9 @@ def test_pretraining_and_what_begins_with_it(job, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(TEXTS * 9))
     pretrain = [*args, "--task=pretrain", f"--train_data={tmp_path / 'text.txt'}", f"--val_data={tmp_path / 'text.txt'}",
                 f"--out_dir={tmp_path / 'pre'}", "--num_documents=1", "--answer_tokens=16", "--max_iters=10"]
-    assert "task=pretrain has no scores to learn" in run("train.py", *pretrain, ok=False)
+    assert "task=pretrain has neither scores to learn" in run("train.py", *pretrain, ok=False)
     pretrain += ["--enable_reranking=False"]
-    assert "has no question to end with" in run("train.py", *pretrain, "--sample_at_end=True", ok=False)
+    assert "nor a question to end with" in run("train.py", *pretrain, "--sample_at_end=True", ok=False)
     run("train.py", *pretrain)
     losses = [x["val_loss"] for x in metrics(tmp_path / "pre") if "val_loss" in x]
     assert losses[-1] < losses[0]

@@ -1,0 +1,31 @@
+"""A compressor of one's own: every document's token embeddings, averaged in l slices, and a linear layer.
+
+    PYTHONPATH=docs python train.py config/toy.py --compressor_type=mean_pooling.MeanPooling --max_iters=20
+"""
+
+import torch
+from torch import nn
+
+from compressor import Compressor, left_pad
+from pretrained import load_tokenizer
+
+
+class MeanPooling(Compressor):
+    def __init__(self, config, generator):
+        super().__init__(config, generator)
+        self.config, self.tokenizer = config, load_tokenizer(config.generator)
+        table = generator.get_input_embeddings().weight.detach().float()  # (V, d)
+        self.embed = nn.Embedding.from_pretrained(table.clone(), freeze=False)
+        self.linear = nn.Linear(table.shape[1], table.shape[1])
+
+    def tokenize(self, queries, documents, k, fixed=False):
+        texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
+        c = self.config
+        ids = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=c.doc_tokens).input_ids
+        ids, mask = left_pad(ids, c.doc_tokens if fixed else c.num_memory_tokens)
+        return dict(ids=ids.view(len(queries), k, -1), doc_mask=mask.view(len(queries), k, -1))  # (B, k, D)
+
+    def forward(self, ids, doc_mask):
+        x = self.embed(ids) * doc_mask[..., None]  # (B, k, D, d)
+        slices = torch.tensor_split(x, self.config.num_memory_tokens, dim=2)
+        return self.linear(torch.stack([s.mean(dim=2) for s in slices], dim=2)), None  # (B, k, l, d)

@@ -1,0 +1,53 @@
+"""A compressor of one's own, docs/mean_pooling.py: trained, saved, loaded and asked, in one process and in two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import EXAMPLES, ROOT, torchrun
+from test_scripts import losses
+
+from model import ScaleDown, ScaleDownConfig
+
+
+def python(*args):  # not forked: with a PYTHONPATH of its own
+    return subprocess.run([sys.executable, *args], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+@pytest.fixture
+def own(job, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.join(ROOT, "docs"))
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "docs"))
+    return [*job[0], "--compressor_type=mean_pooling.MeanPooling", "--enable_reranking=False", "--max_iters=20",
+            "--eval_interval=10", "--lora_dropout=0.0"]
+
+
+def test_a_compressor_of_ones_own_is_trained_saved_and_asked(own, job, tmp_path):
+    _, _, folder = job
+    python("train.py", *own, f"--out_dir={tmp_path}/one")
+    torchrun(2, "train.py", *own, f"--out_dir={tmp_path}/two")
+    a, b = losses(f"{tmp_path}/one"), losses(f"{tmp_path}/two")
+    assert a == pytest.approx(b, abs=1e-5) and max(a) == 20
+    model = ScaleDown.from_pretrained(f"{tmp_path}/one/best")
+    fresh = ScaleDown(model.config)
+    x = EXAMPLES[0]
+    memory, scores = model.compress([x["query"]], [x["documents"]])
+    # by hand: the mean of each slice of a document's embeddings, padded on the left
+    c = model.compressor
+    batch = c.tokenize(["who?"], [x["documents"]], len(x["documents"]))
+    row = torch.where(batch["doc_mask"][0, 0][:, None], c.embed.weight[batch["ids"][0, 0]], 0.0)
+    halves = [part.mean(0) for part in torch.tensor_split(row, 2)]
+    torch.testing.assert_close(memory[0, 0], c.linear(torch.stack(halves)))
+    assert scores is None and (c.linear.weight - fresh.compressor.linear.weight).abs().max() > 1e-4
+    assert len(model.generate([x["query"]], [x["documents"]])) == 1
+    out = python("sample.py", f"--out_dir={tmp_path}/one/best", f"--data={folder / 'val.jsonl'}", "--device=cpu")
+    assert json.loads(out.splitlines()[-1]).keys() == {"compressed", "full", "none"}
+
+
+def test_a_class_that_is_not_there_is_named(tiny):
+    for name, why in (("mean_pooling_.X", "No module named 'mean_pooling_'"), ("json.X", "has no attribute 'X'")):
+        with pytest.raises(ValueError, match=f"compressor_type={name}: .*{why}"):
+            ScaleDown(ScaleDownConfig(generator=tiny("llama"), compressor_type=name))
