@@ -1,9 +1,9 @@
-"""A compressor of one's own: every document's token embeddings, averaged in l slices, and a linear layer.
+"""A compressor of one's own: a document's token embeddings, the mean of each of l slices, and a linear layer.
 
     PYTHONPATH=docs python train.py config/toy.py --compressor_type=mean_pooling.MeanPooling --max_iters=20
 """
 
-import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compressor import Compressor, left_pad
@@ -22,10 +22,12 @@ class MeanPooling(Compressor):
         texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
         c = self.config
         ids = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=c.doc_tokens).input_ids
-        ids, mask = left_pad(ids, c.doc_tokens if fixed else c.num_memory_tokens)
+        ids, mask = left_pad(ids, c.doc_tokens if fixed else 1)
         return dict(ids=ids.view(len(queries), k, -1), doc_mask=mask.view(len(queries), k, -1))  # (B, k, D)
 
     def forward(self, ids, doc_mask):
-        x = self.embed(ids) * doc_mask[..., None]  # (B, k, D, d)
-        slices = torch.tensor_split(x, self.config.num_memory_tokens, dim=2)
-        return self.linear(torch.stack([s.mean(dim=2) for s in slices], dim=2)), None  # (B, k, l, d)
+        l, n = self.config.num_memory_tokens, doc_mask.sum(-1, keepdim=True).clamp(min=1)
+        slices = (doc_mask.cumsum(-1) - 1) * l // n  # which slice of its document a token belongs to, (B, k, D)
+        belongs = F.one_hot(slices.clamp(min=0), l) * doc_mask[..., None]  # (B, k, D, l); padding belongs to none
+        mean = belongs / belongs.sum(-2, keepdim=True).clamp(min=1)
+        return self.linear(mean.transpose(-1, -2) @ self.embed(ids)), None  # (B, k, l, d)
