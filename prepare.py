@@ -38,10 +38,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, logging
 from transformers.models.auto import modeling_auto
 
+import distributed  # rank and world by its name: configure() takes numbers among a script's globals for settings
 from configurator import at_least, configure, fail, torch_device
 from corpus import Corpus, chunk, index_corpus
 from data import document_text
-from distributed import rank, share, world
+from distributed import share
 from files import file_sha256, naming, replacing
 from formats import read_documents, read_others_run, read_queries, read_run, run_lines, to_line
 from parts import by_length, join_parts, make_parts, pad, part_size, parts_of, progress
@@ -109,7 +110,7 @@ def make_corpus(folder):
     with progress("corpus", total=os.path.getsize(corpus), unit="B", unit_scale=True) as bar:
         n = make_parts(f"{folder}/corpus.jsonl.parts", parts_of(documents(bar), 8192), write)
     join_parts(f"{folder}/corpus.jsonl", n)
-    if rank == 0:
+    if distributed.rank == 0:
         counts["chunks"] = index_corpus(folder, corpus)
     return counts
 
@@ -127,7 +128,7 @@ def cut_queries():
 
 def make_queries(folder):
     counts = dict(queries=0, duplicates=0, cut=0, with_gold_answers=0)
-    if rank > 0:
+    if distributed.rank > 0:
         share()
         return counts
     texts, ids = set(), {}
@@ -173,7 +174,7 @@ def make_index(folder):
     if not os.path.exists(f"{folder}/index"):  # or a crash came before the manifest knew of it
         make_parts(f"{folder}/index.parts", parts_of(range(len(passages)), shard_size(len(passages))), write,
                    progress("index", total=len(passages), unit=" passages"))
-        if rank == 0:
+        if distributed.rank == 0:
             os.rename(f"{folder}/index.parts", f"{folder}/index")
     return dict(passages=len(passages))
 
@@ -202,7 +203,7 @@ def make_run(folder):
 
 
 def count_run(folder, name):
-    lengths = [len(hits) for _, hits in read_run(f"{folder}/{name}")] if rank == 0 else []
+    lengths = [len(hits) for _, hits in read_run(f"{folder}/{name}")] if distributed.rank == 0 else []
     return dict(queries=len(lengths), passages=sum(lengths))
 
 
@@ -231,7 +232,7 @@ def read_hits(folder, position, passages):
 def import_run(folder):
     """Checks a TREC run made elsewhere and writes it as ours: queries in the order of queries.jsonl, of each the top_k
     best by score, equals as they stand."""
-    if rank > 0:
+    if distributed.rank > 0:
         share()
         return {}
     asked, passages = load_queries(folder), Corpus(folder)
@@ -319,7 +320,7 @@ def my_queries(folder, asked):
     passages = Corpus(folder)
     size = part_size(len(asked), 512)
     for i, part in enumerate(parts_of(read_run(f"{folder}/run.rerank.trec"), size)):
-        if i % world == rank:
+        if i % distributed.world == distributed.rank:
             yield [(id, asked[id]["text"], [document_text(x) for x in passages.of(hits)]) for id, hits in part]
 
 
@@ -330,9 +331,9 @@ def make_answers(folder):
     os.makedirs(parts, exist_ok=True)
     done = read_answers(parts)
     share()  # nobody appends before all have read
-    path = f"{parts}/{rank:06d}"
+    path = f"{parts}/{distributed.rank:06d}"
     with naming(path), open(path, "ab") as f, progress(
-            "teacher", total=-(-len(asked) // world), initial=len(done) // world,
+            "teacher", total=-(-len(asked) // distributed.world), initial=len(done) // distributed.world,
             unit=" queries") as bar:
         if f.tell():
             f.write(b"\n")  # ends a line that a crash has torn
@@ -359,8 +360,8 @@ def make_answers(folder):
                 for answers in model.answer(window, done, answer_tokens, batch_tokens):
                     record(answers)
     share()
-    answers = read_answers(parts) if rank == 0 else {}
-    if rank == 0:
+    answers = read_answers(parts) if distributed.rank == 0 else {}
+    if distributed.rank == 0:
         with replacing(f"{folder}/teacher.jsonl") as f:
             f.writelines(to_line(answers[id]) for id in asked if id in answers)
     share()
@@ -371,7 +372,7 @@ def make_answers(folder):
 
 
 def make_examples(folder):
-    if rank > 0:
+    if distributed.rank > 0:
         return {}
     passages, asked = Corpus(folder), {x["_id"]: x for x in load_queries(folder)}
     with open(f"{folder}/teacher.jsonl", "rb") as f:
@@ -590,7 +591,7 @@ def lock(folder):
     """Holds data/NAME until this process ends, together with the others of this run: a second command, or what torchrun
     leaves alive when it is killed, would write the same files."""
     file = open(f"{folder}/.lock", "a")
-    if rank == 0:
+    if distributed.rank == 0:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -609,7 +610,7 @@ def make_stage(folder, name, manifest):
     stage, entry, start = STAGES[name], manifest["stages"][name], time.time()
     counts = stage.make(folder)
     made = dict(complete=True, counts=counts, seconds=round(time.time() - start, 1))
-    if rank == 0:
+    if distributed.rank == 0:
         made["sha256"] = {file: file_sha256(f"{folder}/{file}") for file in stage.files if file != "index"}
         print(f"{name}: " + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
               + f" ({made['seconds']} s)")
@@ -618,7 +619,7 @@ def make_stage(folder, name, manifest):
     for other in stale:
         manifest["stages"][other] = dict(settings=manifest["stages"][other]["settings"])
     entry.update(made)
-    if rank == 0:
+    if distributed.rank == 0:
         replace_files(folder, stale, manifest)
         remove_parts(folder, name)
     share()
@@ -627,21 +628,21 @@ def make_stage(folder, name, manifest):
 def make_dataset(settings):
     global device
     device = torch_device(device)
-    if rank == 0:
+    if distributed.rank == 0:
         check_settings()
         check_models()
-    if world > 1:
+    if distributed.world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others wait while the first joins the parts
         if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     folder = f"data/{dataset}"
     os.makedirs(folder, exist_ok=True)
     with lock(folder):
-        manifest = share(start_manifest(folder, settings) if rank == 0 else None)
+        manifest = share(start_manifest(folder, settings) if distributed.rank == 0 else None)
         for name in stages_wanted():
             if not manifest["stages"][name].get("complete"):
                 make_stage(folder, name, manifest)
-            elif rank == 0:
+            elif distributed.rank == 0:
                 print(f"{name}: there already")
 
 
@@ -668,6 +669,6 @@ if __name__ == "__main__":
             fail(f"{first_line(e)}; what is complete stays: the same command goes on from there")
         except KeyboardInterrupt:
             fail("interrupted: the same command goes on from there")
-    if world > 1:
+    if distributed.world > 1:
         sys.stdout.flush()
         os._exit(0)  # see the end of train.py

@@ -112,6 +112,12 @@ def load_manifest(folder):
     return json.loads((folder / "manifest.json").read_text())
 
 
+def test_settings_are_those_at_the_top_and_nothing_else(whole):
+    """configure() takes every number and string among a script's globals for a setting, what it imports included."""
+    block = (ROOT / "prepare.py").read_text().split(f"# {'-' * 77}\n")[1]
+    assert [*load_manifest(whole)["settings"]] == re.findall(r"^(\w+) = ", block, re.MULTILINE)
+
+
 def test_scores_keep_all_their_digits(settings, tmp_path, monkeypatch, whole):
     """Those of a given run, and those of the models in float32."""
     scores = [1.5e-9, 1.25e-9, 7.0000001, 123456.78125, 1e-30]
