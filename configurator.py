@@ -145,5 +145,5 @@ def torch_device(name):
         fail(f"device is {name}, but torch finds none")
     if kind == "neuron" and not (hasattr(torch, "neuron") and torch.neuron.is_available()):
         fail("device is neuron, but torch finds none: that takes a Trn2 or Trn3 instance and TorchNeuron, which is "
-             "torch-neuronx 2.13 or later (README, AWS Trainium); on Trn1 --device=trainium")
+             "torch-neuronx 2.13 or later (docs/trainium.md); on Trn1 --device=trainium")
     return name

@@ -55,7 +55,7 @@ def start(device, dtype, fsdp, gradient_accumulation_steps):
     if device == "trainium":
         if not (find_spec("torch_neuronx") and find_spec("torch_xla")):
             fail("device is trainium, which takes torch-neuronx on PyTorch/XLA: pip install -r "
-                 "requirements-trainium.txt, on a Trn1, Trn1n or Trn2 instance (README, AWS Trainium); with "
+                 "requirements-trainium.txt, on a Trn1, Trn1n or Trn2 instance (docs/trainium.md); with "
                  "TorchNeuron --device=neuron")
         os.environ.setdefault("PJRT_DEVICE", "NEURON")
     if device == "xla" and not find_spec("torch_xla"):

@@ -1,5 +1,5 @@
 """
-The open questions of compression, asked of the toy world: each table of the README's section of that name. It trains
+The open questions of compression, asked of the toy world: each table of docs/experiments.md. It trains
 what it needs (a checkpoint that is there already is taken as it is) and answers data/toy/test.jsonl from it:
 
     python experiments.py --table=rate

@@ -215,7 +215,7 @@ def test_the_exported_generator_answers_alone(job, trained, tmp_path, monkeypatc
     assert "trained with another generator" in run(
         "sample.py", f"--out_dir={out_dir}/last", f"--generator={tmp_path}/generator", "--query=who?", f"--docs={README}", ok=False)
 
-    # README's script, as it stands, with a stand-in for vLLM
+    # docs/serving.md's script, as it stands, with a stand-in for vLLM
     class LLM:
         def __init__(self, folder, enable_prompt_embeds):
             self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -227,7 +227,7 @@ def test_the_exported_generator_answers_alone(job, trained, tmp_path, monkeypatc
                 yield SimpleNamespace(outputs=[SimpleNamespace(text=self.tokenizer.decode(ids, skip_special_tokens=True))])
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
-    with open(README) as f:
+    with open(os.path.join(ROOT, "docs", "serving.md")) as f:
         script = next(part for part in f.read().split("```python\n") if part.startswith("from vllm")).split("```")[0]
     script = script.replace('"out/smollm/best"', f'"{out_dir}/last"').replace('"generator"', f'"{tmp_path}/generator"')
     exec(script, scope := {})
