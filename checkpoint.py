@@ -1,5 +1,5 @@
 """
-A model's checkpoint, its adapter in PEFT's format, and the checkpoints of a training run,
+A model's checkpoint, and the checkpoints of a training run,
 
     out_dir/last       what --init_from=resume goes on from
     out_dir/previous   the one before it, used when last/ is damaged
@@ -20,19 +20,20 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from configurator import fail
 from distributed import print0
-from files import file_sha256, replacing, replacing_folder
-from lora import layers
+from files import file_sha256, load_tensors, replacing, replacing_folder
+from lora import load_lora, save_lora
 from pretrained import first_line, note
 
 # ---- a model's checkpoint
 
 
 def save_weights(model, folder, tensors=None):
-    """See ScaleDown.save()."""
+    """Writes config.json, compressor.safetensors and the LoRA in PEFT's format; not the frozen generator. tensors: see
+    ScaleDown.save()."""
     tensors = tensors or dict(model.named_parameters())
     tensors = {name: tensors[name] for name, p in model.named_parameters() if p.requires_grad}  # no buffers
     adapter = {name.removeprefix("generator."): t for name, t in tensors.items() if name.startswith("generator.")}
@@ -45,7 +46,9 @@ def save_weights(model, folder, tensors=None):
 
 
 def load_weights(model, folder):
-    """See ScaleDown.load()."""
+    """Loads the weights of a checkpoint into a model, and the prompt that they were trained with; RR stays as it is
+    where the checkpoint has none. Raises ValueError when they are of another backbone, of other sizes or another
+    lora_alpha, OSError when there is no checkpoint."""
     saved, settings = read_config(folder, type(model.config))
     for part, now in model.identities.items():
         then = saved[f"{part}_identity"]
@@ -97,73 +100,6 @@ def find_folders(config, out_dir):
         if not os.path.isdir(path):
             setattr(config, name, str(next(above, path)))
     return config
-
-
-# ---- the adapter, in PEFT's format
-
-# What adapter_config.json may say of an adapter that is LoRALinear's and nothing more: settings that change nothing in
-# what the file's A and B mean, whatever their value, and the values that others may have. All further ones must be off.
-NEUTRAL = {*"""auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern
-    layers_to_transform lora_alpha lora_dropout megatron_core peft_version qalora_group_size r revision runtime_config
-    target_modules task_type""".split()}
-PLAIN = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal"))
-OFF = (None, False, "", [], {})
-
-
-def save_lora(model, folder, base_model, tensors=None):
-    """Writes the adapter in PEFT's format. `base_model`: the name or folder of the model it belongs to. `tensors`: the
-    parameters by their names in `model`, where it holds but a part of each itself (FSDP2)."""
-    tensors = tensors or dict(model.named_parameters())
-    adapted = layers(model)
-    tensors = {f"base_model.model.{name}.{part}.weight": tensors[f"{name}.{part}"].detach().cpu()
-               for name, _ in adapted for part in ("lora_A", "lora_B")}
-    m = adapted[0][1]
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "bias": "none",
-        "r": m.lora_A.shape[0], "lora_alpha": m.alpha, "lora_dropout": m.dropout.p, "fan_in_fan_out": m.transposed,
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapted}), "inference_mode": True,
-    }
-    os.makedirs(folder, exist_ok=True)
-    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(folder, "adapter_config.json"), "w") as f:
-        json.dump(config, f, indent=2)
-
-
-def load_tensors(path, own):
-    """The tensors of a safetensors file, which must have the names and shapes of `own` (a dict of tensors). Raises
-    ValueError for a broken file or one that does not fit, OSError for a missing one."""
-    try:
-        tensors = load_file(path)
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged: {e}") from e
-    for name in sorted(own.keys() | tensors.keys()):
-        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (tensors, own))
-        if there != here:
-            raise ValueError(f"{path} does not fit this model: {name} is {there} there and {here} here")
-    return tensors
-
-
-@torch.no_grad()
-def load_lora(model, folder):
-    """Loads an adapter saved by save_lora() or by PEFT into a model that apply_lora() has prepared.
-
-    Raises ValueError, and changes nothing, when the file's layers, rank or shapes are not the model's, or when it is a
-    variant of LoRA that LoRALinear is not; RuntimeError when an adapter is merged."""
-    if any(m.merged for _, m in layers(model)):
-        raise RuntimeError("an adapter is merged into the weights: unmerge() it before loading another")
-    with open(os.path.join(folder, "adapter_config.json")) as f:
-        config = json.load(f)
-    for name, value in config.items():
-        if name not in NEUTRAL and value not in PLAIN.get(name, OFF):
-            raise ValueError(f"the adapter in {folder} has {name}={value}, which is not plain LoRA: not supported")
-    own = {f"base_model.model.{name}.{part}.weight": getattr(m, part)
-           for name, m in layers(model) for part in ("lora_A", "lora_B")}
-    tensors = load_tensors(os.path.join(folder, "adapter_model.safetensors"), own)
-    for key, p in own.items():
-        p.copy_(tensors[key])
-    for _, m in layers(model):
-        m.alpha = config["lora_alpha"]
-        m.scaling = m.alpha / config["r"]
 
 
 # ---- the checkpoints of a training run

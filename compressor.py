@@ -226,15 +226,13 @@ class ModernBERTCompressor(BackboneCompressor):
         return self.generator_std * self.scale * memory, scores
 
 
-def compressor_class(compressor_type):
-    """The class that a compressor_type names. Raises ValueError for none."""
+def compressor_class(name):
+    """The class that compressor_type=name stands for. Raises ValueError for none."""
     ours = dict(n_layers=NLayersCompressor, modernbert=ModernBERTCompressor)
-    module, _, name = compressor_type.rpartition(".")
-    if not module:
-        if compressor_type not in ours:
-            raise ValueError(f"compressor_type is n_layers, modernbert or module.Class, not '{compressor_type}'")
-        return ours[compressor_type]
+    if name in ours:
+        return ours[name]
+    module, _, class_name = name.rpartition(".")
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"compressor_type={compressor_type}: {e}") from e
+        return getattr(import_module(module), class_name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(f"compressor_type is n_layers, modernbert or module.Class, not '{name}': {e}") from e

@@ -236,6 +236,15 @@ def open_data(c):
     return train, val
 
 
+def check_questions(queries, documents=None):
+    """Raises ValueError for an empty query and, where there are to be documents, for a query without any."""
+    for i, query in enumerate(queries):
+        if not query.strip():
+            raise ValueError("empty query")
+        if documents is not None and not documents[i]:
+            raise ValueError(f"no documents for the query '{query}'")
+
+
 def text_length(x):
     """What tells examples apart in length; documents are mostly cut to doc_tokens."""
     return len(x["query"] + x["answer"])

@@ -1,6 +1,6 @@
 """
 Files that a crash at any moment leaves whole: written next to their place, flushed to disk and renamed into it; their
-checksums; and the lines of text files, whatever ends them.
+checksums; the lines of text files, whatever ends them; and tensors that have to fit.
 """
 
 import errno
@@ -8,6 +8,9 @@ import os
 import shutil
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 def to_disk(path):
@@ -88,3 +91,17 @@ def read_lines(file):
         yield from (line + b"\r" for line in whole)
     if rest:
         yield rest
+
+
+def load_tensors(path, own):
+    """The tensors of a safetensors file, which must have the names and shapes of `own` (a dict of tensors). Raises
+    ValueError for a broken file or one that does not fit, OSError for a missing one."""
+    try:
+        tensors = load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
+    for name in sorted(own.keys() | tensors.keys()):
+        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (tensors, own))
+        if there != here:
+            raise ValueError(f"{path} does not fit this model: {name} is {there} there and {here} here")
+    return tensors

@@ -9,6 +9,7 @@ what is there and every step has the same shapes, as CUDA graphs and PyTorch/XLA
 positions (real tokens); transformers would count slots, padding included.
 """
 
+from contextlib import contextmanager
 from inspect import signature
 from itertools import chain
 
@@ -16,6 +17,17 @@ import torch
 import torch.nn.functional as F
 
 from pretrained import first_line
+
+
+@contextmanager
+def eval_mode(model):
+    """No dropout within it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class KVCache:

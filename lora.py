@@ -1,17 +1,23 @@
 """
 LoRA (arXiv 2106.09685), written by hand: y = W x + (alpha / r) B A x, with W frozen and A, B learned.
 
-r is the rank of the update, alpha / r scales it. Checkpoints hold it in PEFT's format (checkpoint.py), so PEFT and vLLM
-load it as it is.
+r is the rank of the update, alpha / r scales it. Files are PEFT's own (adapter_model.safetensors,
+adapter_config.json), so PEFT and vLLM load what is saved here.
 """
 
+import json
 import math
+import os
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: its weight is transposed, (in, out)
+
+from files import load_tensors
+from pretrained import check_plain_lora
 
 
 class LoRALinear(nn.Module):
@@ -108,3 +114,43 @@ def adapter_off(model):
     finally:
         for _, m in layers(model):
             m.enabled = True
+
+
+def save_lora(model, folder, base_model, tensors=None):
+    """Writes the adapter in PEFT's format. `base_model`: the name or folder of the model it belongs to. `tensors`: the
+    parameters by their names in `model`, where it holds but a part of each itself (FSDP2)."""
+    tensors = tensors or dict(model.named_parameters())
+    adapted = layers(model)
+    tensors = {f"base_model.model.{name}.{part}.weight": tensors[f"{name}.{part}"].detach().cpu()
+               for name, _ in adapted for part in ("lora_A", "lora_B")}
+    m = adapted[0][1]
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "bias": "none",
+        "r": m.lora_A.shape[0], "lora_alpha": m.alpha, "lora_dropout": m.dropout.p, "fan_in_fan_out": m.transposed,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapted}), "inference_mode": True,
+    }
+    os.makedirs(folder, exist_ok=True)
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+        json.dump(config, f, indent=2)
+
+
+@torch.no_grad()
+def load_lora(model, folder):
+    """Loads an adapter saved by save_lora() or by PEFT into a model that apply_lora() has prepared.
+
+    Raises ValueError, and changes nothing, when the file's layers, rank or shapes are not the model's, or when it is a
+    variant of LoRA that LoRALinear is not; RuntimeError when an adapter is merged."""
+    if any(m.merged for _, m in layers(model)):
+        raise RuntimeError("an adapter is merged into the weights: unmerge() it before loading another")
+    with open(os.path.join(folder, "adapter_config.json")) as f:
+        config = json.load(f)
+    check_plain_lora(config, folder)
+    own = {f"base_model.model.{name}.{part}.weight": getattr(m, part)
+           for name, m in layers(model) for part in ("lora_A", "lora_B")}
+    tensors = load_tensors(os.path.join(folder, "adapter_model.safetensors"), own)
+    for key, p in own.items():
+        p.copy_(tensors[key])
+    for _, m in layers(model):
+        m.alpha = config["lora_alpha"]
+        m.scaling = m.alpha / config["r"]

@@ -13,9 +13,8 @@ generate.py; checkpoints are written and read by checkpoint.py.
 """
 
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 import generate
 from checkpoint import find_folders, load_weights, read_config, save_weights
 from compressor import compressor_class, left_pad
-from data import document_text
+from data import check_questions, document_text
 from lora import adapter_off, apply_lora
 from pretrained import ModelError, embedding_std, fingerprint, load_generator, load_tokenizer
 from prompt import Prompt
@@ -117,13 +116,9 @@ class ScaleDown(nn.Module):
         ValueError for an empty query, a query without documents and more positions than the generator has."""
         c = self.config
         documents = [[document_text(d) for d in x["documents"]][:num_documents] for x in examples]
-        for x, docs in zip(examples, documents):
-            if not x["query"].strip():
-                raise ValueError("empty query")
-            if not docs:
-                raise ValueError(f"no documents for the query '{x['query']}'")
-        k = num_documents or max(len(docs) for docs in documents)
         queries = [x["query"].strip() for x in examples]
+        check_questions(queries, documents)
+        k = num_documents or max(len(docs) for docs in documents)
         present = torch.arange(k) < torch.tensor([len(docs) for docs in documents])[:, None]  # (B, k)
         batch = dict(compressor=self.compressor.tokenize(queries, documents, k, fixed), present=present)
         # `between query after [answer]`
@@ -184,23 +179,13 @@ class ScaleDown(nn.Module):
 
     # ---- inference
 
-    @contextmanager
-    def evaluating(self):
-        """No dropout within it."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
-
     @torch.no_grad()
     def compress(self, queries, documents):
         """B queries, B lists of documents -> memory (B, k, l, d), scores (B, k) or None. k: the longest list's length;
         what stands for a missing document means nothing."""
         texts = [[document_text(d) for d in docs] for docs in documents]
         batch = self.compressor.tokenize([q.strip() for q in queries], texts, max(map(len, texts)))
-        with self.evaluating():
+        with generate.eval_mode(self):
             return self.compressor(**self.to_device(batch))
 
     def full_prompts(self, queries, documents, mode="full"):
@@ -224,10 +209,7 @@ class ScaleDown(nn.Module):
             if memory is None:
                 memory, _ = self.compressor(**batch["compressor"])
             return self.prompt_embeddings(memory, batch)
-        if not all(q.strip() for q in queries):
-            raise ValueError("empty query")
-        if mode == "full" and not all(documents):
-            raise ValueError("a query without documents")
+        check_questions(queries, documents if mode == "full" else None)
         ids, mask = left_pad(self.prompt.ids(self.full_prompts(queries, documents, mode)))
         return self.generator.get_input_embeddings()(ids.to(self.device)), mask.to(self.device)
 
@@ -243,7 +225,8 @@ class ScaleDown(nn.Module):
         """
         if mode not in ("compressed", "full", "none"):
             raise ValueError(f"mode is compressed, full or none, not '{mode}'")
-        with torch.no_grad(), self.evaluating(), nullcontext() if mode == "compressed" else adapter_off(self.generator):
+        adapter = nullcontext() if mode == "compressed" else adapter_off(self.generator)
+        with torch.no_grad(), generate.eval_mode(self), adapter:
             x, mask = self.embed_prompts(queries, documents, mode, num_documents, memory)
             prefix = 0 if mode != "compressed" or x.device.type == "xla" else len(self.before_ids)
             rows = self.decoder.generate(x, mask, max_new_tokens or self.config.answer_tokens, self.stop_ids,
@@ -267,22 +250,13 @@ class ScaleDown(nn.Module):
             groups.append(dict(params=[p for p in parameters if p.dim() < 2], lr=lr, weight_decay=0.0))
         return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, **kwargs)
 
-    def enable_gradient_checkpointing(self, checkpoint=None):
-        """Recompute activations in the backward pass: less memory, about a third more time. checkpoint: torch's own
-        function by default; PyTorch/XLA has another."""
-        checkpoint = checkpoint or partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-        for backbone in self.backbones():
-            backbone._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
-
     def save(self, out_dir, tensors=None):
-        """Writes config.json, compressor.safetensors and the LoRA in PEFT's format; not the frozen generator. tensors:
-        what is trained, by name, where the model holds but a part of it itself (FSDP2)."""
+        """Writes a checkpoint (see checkpoint.py). tensors: what is trained, by name, where the model holds but a part
+        of it itself (FSDP2)."""
         save_weights(self, out_dir, tensors)
 
     def load(self, out_dir):
-        """Loads the weights of a checkpoint, and the prompt that they were trained with; RR stays as it is where the
-        checkpoint has none. Raises ValueError when they are of another backbone, of other sizes or another lora_alpha,
-        OSError when there is no checkpoint."""
+        """Loads the weights and the prompt of a checkpoint. Raises what load_weights() raises."""
         load_weights(self, out_dir)
 
     @classmethod

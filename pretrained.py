@@ -16,6 +16,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from configurator import under_torchrun
 
+# What adapter_config.json may say of an adapter that is LoRALinear's and nothing more: settings that change nothing in
+# what the file's A and B mean, whatever their value, and the values that others may have. All further ones must be off.
+NEUTRAL = {*"""auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern
+    layers_to_transform lora_alpha lora_dropout megatron_core peft_version qalora_group_size r revision runtime_config
+    target_modules task_type""".split()}
+PLAIN = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal"))
+OFF = (None, False, "", [], {})
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded, or cannot work here, in one line."""
@@ -195,3 +203,10 @@ def probe_compressor(compressor, name):
     for p in c.backbone.parameters() if not c.packed else ():
         p.requires_grad_(p.grad is not None)
     c.zero_grad()
+
+
+def check_plain_lora(config, folder):
+    """Raises ValueError for an adapter_config.json of anything more than plain LoRA, by the setting's name."""
+    for name, value in config.items():
+        if name not in NEUTRAL and value not in PLAIN.get(name, OFF):
+            raise ValueError(f"the adapter in {folder} has {name}={value}, which is not plain LoRA: not supported")

@@ -114,7 +114,6 @@ device, dtype, kind, rank, world = (getattr(processes, name) for name in ("devic
 xla = kind == "xla"  # PyTorch/XLA: operations are collected into graphs, see the loop
 if xla:
     import torch_xla.core.xla_model as xm
-    from torch_xla.utils.checkpoint import checkpoint as xla_checkpoint
 autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, dtype=torch.bfloat16)
 peak_tflops = peak_tflops or peak_tflops_here(kind, dtype)
 
@@ -171,7 +170,7 @@ except (ValueError, OSError) as e:
     fail(first_line(e))
 distributed.place(model, processes, fsdp)
 if gradient_checkpointing:
-    model.enable_gradient_checkpointing(xla_checkpoint if xla else None)
+    distributed.enable_gradient_checkpointing(model, kind)
 flops = StepFlops(model)
 
 # optimizer. capturable: AdamW counts its steps in tensors; with numbers XLA would now and then compile the update anew

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lora
-from checkpoint import load_lora, save_lora
+from lora import load_lora, save_lora
 
 
 def load(folder):

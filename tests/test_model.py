@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 import lora
+from distributed import enable_gradient_checkpointing
 from flops import StepFlops
 from generate import KVCache, nearest_tokens
 from model import ScaleDown, ScaleDownConfig
@@ -208,7 +209,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, examples, kwargs):
     for checkpointing in (False, True):
         model = build(tiny, enable_reranking=True, **kwargs).train()
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(model)
         model(model.collate(examples, 3))[0].backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
