@@ -199,3 +199,24 @@ def test_plain_adapters_of_pefts_load(tiny, tmp_path, kwargs):
     load_lora(ours, tmp_path)
     ids = torch.tensor([[5, 6, 7, 30, 40]])
     torch.testing.assert_close(ours.eval()(ids).logits, theirs(ids).logits)
+
+
+def test_it_begins_as_the_paper_and_peft_do():
+    """B = 0, A uniform within 1 / sqrt(in); rank, alpha and dropout of the paper's Table 7."""
+    torch.manual_seed(0)
+    m = lora.LoRALinear(torch.nn.Linear(400, 300))
+    assert m.lora_A.shape == (16, 400) and m.scaling == 2.0 and m.dropout.p == 0.1 and not m.lora_B.any()
+    assert 0.049 < m.lora_A.abs().max() <= 0.05
+
+
+def test_merge_and_unload_leaves_an_ordinary_model(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    kinds, ids = [type(m) for m in model.modules()], torch.arange(5, 25)[None]
+    lora.apply_lora(model, 4, dropout=0.0)
+    with torch.no_grad():
+        for _, m in lora.layers(model):
+            m.lora_B.normal_()
+        adapted = model(ids).logits
+        lora.merge_and_unload(model)
+        torch.testing.assert_close(model(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+    assert [type(m) for m in model.modules()] == kinds

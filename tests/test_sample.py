@@ -76,6 +76,15 @@ def test_ndcg_is_trec_evals():
         assert ndcg(ranking, relevance) == pytest.approx(want)
 
 
+def test_qrels_without_a_relevant_document_and_broken_ones(tmp_path):
+    assert ndcg(["a", "b"], {"a": 0}) == 0.0
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n\nq\tb\tno\n")
+    with pytest.raises(ValueError, match="qrels.tsv, line 4: not query-id"):
+        read_qrels(tmp_path / "qrels.tsv")
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n\nq\tb\t2\n")
+    assert read_qrels(tmp_path / "qrels.tsv") == {"q": {"a": 1, "b": 2}}
+
+
 def test_interval_is_the_percentile_bootstrap():
     values = np.random.default_rng(1).random(200) < 0.3
     want = scipy.stats.bootstrap((values.astype(float),), np.mean, method="percentile", n_resamples=5000, rng=0)
