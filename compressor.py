@@ -44,7 +44,7 @@ def left_pad(rows, width=1):
 
 class Compressor(nn.Module):
     """A compressor: one of your own is a subclass with these three methods, and compressor_type its module and class,
-    such as mean_pooling.MeanPoolingCompressor (docs/walkthrough.md has it whole)."""
+    such as mean_pooling.MeanPooling (docs/mean_pooling.py is a whole one)."""
 
     def __init__(self, config, generator):
         """config: a ScaleDownConfig; generator: the frozen causal LM."""

@@ -1,6 +1,6 @@
 # The paper's training data: MS MARCO's queries over Wikipedia (KILT) in chunks of 128 tokens, SPLADE-v3's top 50,
 # reranked to 5, answers of Mistral-7B from their full text. Where the two files come from, and how long it takes:
-# README, "Training data". The paper adds 453k queries of PISCO's, which are not among these.
+# docs/data.md. The paper adds 453k queries of PISCO's, which are not among these.
 dataset = "msmarco"
 corpus = "data/kilt_knowledgesource.json"
 queries = "data/queries.train.tsv"

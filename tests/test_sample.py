@@ -1,4 +1,4 @@
-"""sample.py's evaluation as a user runs it: reranking, stores, a judge, export; and the scores behind it."""
+"""sample.py's evaluation as a user runs it: reranking, stores, a judge, export; and its scores."""
 
 import json
 import os

@@ -118,7 +118,7 @@ def test_generation_takes_two_graphs(xla_args, tmp_path, tiny):
 
 # PyTorch/XLA's CPU device cannot be shared by processes, but one process may have two, a thread each. The two threads
 # run train.py itself; torch.distributed, which has one state a process, is replaced by a rendezvous of threads, and so
-# is the one operation behind xm.reduce_gradients and xm.broadcast_master_param: XLA's own all-reduce hangs now and then
+# is the one operation that makes up xm.reduce_gradients and xm.broadcast_master_param: XLA's own all-reduce hangs now and then
 # on its CPU device (https://github.com/pytorch/xla/issues/9089).
 TWO_REPLICAS = """
 import os, signal, sys, threading, traceback
