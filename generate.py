@@ -142,12 +142,15 @@ class Decoder:
         cache = KVCache(length)
         if self.static_caches is not None:
             cache = self.static_caches.setdefault((B, length), cache)
-        logits = self.prefill(x, real, positions, cache, prefix)
+        logits, token = self.prefill(x, real, positions, cache, prefix), None
         if self.static_caches is not None:
             for t in chain(*cache.layers.values()):
                 torch._dynamo.mark_static_address(t)
         rows, done, stop = [[] for _ in range(B)], torch.zeros(B, dtype=torch.bool), torch.tensor(stop_ids)
-        for slot in range(P, P + max_new_tokens):
+        for n in range(max_new_tokens):
+            if n > 0:
+                slot = torch.tensor([P + n - 1], device=x.device)
+                logits = self.decode_one_token(token, slot, real, positions, cache)
             token = sample(logits, temperature, top_k)
             if xla:
                 xm.mark_step()
@@ -156,9 +159,8 @@ class Decoder:
             for row, t, ended in zip(rows, new.tolist(), done.tolist()):
                 if not ended:
                     row.append(t)
-            if done.all() or slot == P + max_new_tokens - 1:
+            if done.all():
                 break
-            logits = self.decode_one_token(token, torch.tensor([slot], device=x.device), real, positions, cache)
         return rows
 
 

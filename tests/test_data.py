@@ -85,6 +85,8 @@ def test_scores():
     assert score("London", ["Paris", "Rome"]) == (0.0, 0.0, 0.0)
     assert score("the cat sat", ["a cat sat down", "dog"]) == (0.0, 0.8, 0.0)
     assert score("", [""]) == (1.0, 1.0, 1.0)
+    assert score("a", ["b", "z"]) == score("z", ["b"]) == score("b", ["z"]) == score("x", [""]) == (0.0, 0.0, 0.0)
+    assert score("red green blue", ["blue green red"]) == (0.0, 1.0, 0.0)
     assert mean_scores(["x", "y"], [dict(answer="x"), dict(answer="y", answers=["z"])]) == dict(em=0.5, f1=0.5, match=0.5)
 
 

@@ -12,6 +12,7 @@ from conftest import CHATML, DECODER, EXAMPLES, save_tokenizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
+import generate
 import lora
 from distributed import enable_gradient_checkpointing
 from flops import StepFlops
@@ -356,6 +357,17 @@ def test_sampling(tiny, examples):
         assert abs(rows.count([token]) / 4000 - p) < 0.04
 
 
+def test_decoding_keeps_no_gradient_and_reads_no_token_too_many(tiny, examples, monkeypatch):
+    model, drawn, sample = build(tiny), [], generate.sample
+    monkeypatch.setattr(generate, "sample", lambda logits, *args: drawn.append(logits) or sample(logits, *args))
+    steps, decode = [], model.decoder.decode_one_token
+    model.decoder.decode_one_token = lambda *args: steps.append(1) or decode(*args)
+    with torch.no_grad():
+        x, mask = model.embed_prompts([examples[0]["query"]], [examples[0]["documents"]])
+    assert len(model.decoder.generate(x, mask, 5, [])[0]) == 5
+    assert len(drawn) == 5 and len(steps) == 4 and not any(logits.requires_grad for logits in drawn)
+
+
 def test_generate_leaves_the_model_as_it_was(tiny, examples):
     model = build(tiny, lora_dropout=0.5).train()
     x = examples[0]
@@ -468,6 +480,7 @@ def test_nearest_tokens(tiny):
     model = build(tiny)
     head = model.generator.get_output_embeddings().weight
     memory = 3 * head[[10, 20, 30, 40]].view(1, 2, 2, -1)
+    assert {len(row) for row in nearest_tokens(model.generator, model.tokenizer, memory)[0][0]} == {5}
     rows = nearest_tokens(model.generator, model.tokenizer, memory, n=1)
     assert rows == [[[[model.tokenizer.decode([i]).strip()] for i in pair] for pair in ((10, 20), (30, 40))]]
 

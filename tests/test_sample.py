@@ -89,6 +89,8 @@ def test_interval_is_the_percentile_bootstrap():
     values = np.random.default_rng(1).random(200) < 0.3
     want = scipy.stats.bootstrap((values.astype(float),), np.mean, method="percentile", n_resamples=5000, rng=0)
     assert interval(values, 5000) == pytest.approx([*want.confidence_interval], abs=0.01)
+    draws = np.random.default_rng(2).normal(size=1000)  # of which the percentiles differ in every digit
+    assert interval(draws, 5000) == pytest.approx(1.96 * draws.std() / 1000**0.5 * np.array([-1, 1]) + draws.mean(), abs=0.003)
 
 
 def test_the_best_candidates_by_relevance(ranker, asked):
