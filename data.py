@@ -292,7 +292,7 @@ class Store:
         self.folder = folder
         self.paths = sorted(Path(folder).glob("*.safetensors"))
         if not self.paths:
-            raise FileNotFoundError(f"{folder} holds no store: sample.py --compress=CORPUS --store={folder} makes one")
+            raise FileNotFoundError(f"{folder} holds no store: evaluate.py --compress=CORPUS --store={folder} makes one")
         self.shards = [self.open(path, made_of) for path in self.paths]
         keys = [shard.get_tensor("keys").numpy() for shard in self.shards]
         shard, row = np.repeat(range(len(keys)), [*map(len, keys)]), np.concatenate([np.arange(len(k)) for k in keys])

@@ -173,7 +173,7 @@ def test_memory_from_a_store(tiny, asked, tmp_path):
         model.compressor.memory_tokens += 1
     model.save(alone)
     assert "was made of another compressor" in run(*sample, f"--data={folder}/asked.jsonl", ok=False)
-    assert "holds no store: sample.py --compress=CORPUS" in run(
+    assert "holds no store: evaluate.py --compress=CORPUS" in run(
         *sample, f"--store={tmp_path}/none", f"--data={folder}/asked.jsonl", ok=False)
 
 
