@@ -71,7 +71,9 @@ def last_logits(model, x, mask, n):
         itself = torch.eye(P, dtype=torch.bool, device=x.device)
         sees = mask[:, None, None] & causal | itself
         mask = attention_masks(model.config, sees, positions, positions, x.dtype)
-    return model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=n).logits
+    last = torch.arange(P - n, P, device=x.device)  # not a slice, whose product copies the head for each row on a CPU
+    return model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False,
+                 logits_to_keep=last).logits
 
 
 def check_length(model, length):
