@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 
-from pretrained import first_line
+from configurator import first_line
 
 
 @contextmanager

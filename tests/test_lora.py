@@ -136,6 +136,23 @@ def test_dropout_is_on_the_input_of_the_adapter_only():
     assert abs(update.mean() - 1) < 0.02
 
 
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.999, 1.0, 0.0])
+def test_dropout_has_the_statistics_and_the_seed_of_torchs(p):
+    ours, theirs, x = lora.Dropout(p), torch.nn.Dropout(p), torch.randn(999, 333, requires_grad=True)
+    torch.manual_seed(7)
+    first, second = ours(x), ours(x)
+    torch.manual_seed(7)
+    assert ours(x).equal(first) and (p in (0, 1) or not second.equal(first))
+    kept = first != 0
+    assert abs(kept.double().mean() - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-5
+    torch.testing.assert_close(first, torch.where(kept, x / (1 - p) if p < 1 else x, 0.0))
+    g = torch.randn_like(x)
+    torch.testing.assert_close(torch.autograd.grad(first, x, g)[0], torch.where(kept, g / (1 - p) if p < 1 else g, 0.0))
+    for dim in (0, 1):  # no row or column is dropped more than chance has it
+        assert abs(kept.double().mean(dim) - theirs(torch.ones_like(x)).ne(0).double().mean(dim).mean()).max() < 5 * (0.25 / 333) ** 0.5
+    assert ours.eval()(x) is x
+
+
 def test_base_in_bfloat16_with_and_without_autocast():
     torch.manual_seed(0)
     layer = lora.LoRALinear(torch.nn.Linear(32, 16).bfloat16(), r=4, dropout=0.0)
