@@ -47,14 +47,14 @@ from transformers import (
 
 from checkpoint import read_config
 from compressor import compressor_class
-from configurator import at_least, configure, fail, torch_device
+from configurator import at_least, configure, fail, fail_on, fast_dtype, torch_device
 from data import document_text
 from flops import StepFlops
 from formats import read_documents
 from lora import LoRALinear, layers
 from model import ScaleDown, ScaleDownConfig
 from packed import packed_attention
-from pretrained import decoder_layers, first_line, load_model
+from pretrained import decoder_layers, load_model
 from splade import Splade, search, shard_size, write_shard
 
 # -----------------------------------------------------------------------------
@@ -82,7 +82,7 @@ queries = 1024  # with 40 words each
 batch_tokens = 16384  # in a batch of texts to encode, as in prepare.py
 repeats = 5
 device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+dtype = ""  # float32 or bfloat16 (time, train, decode: or both, with a comma); empty: the faster one on this device
 # -----------------------------------------------------------------------------
 
 SHAPES = {  # as in their config.json on the hub
@@ -247,7 +247,7 @@ def bench_flops():
 
 def run_row(out_dir):
     """What a query costs in a run of train.py, with its own sizes, and the exact match that it reached."""
-    try:
+    with fail_on(ValueError, OSError):
         c = ScaleDownConfig(**read_config(f"{out_dir}/best", ScaleDownConfig)[1])
         k = torch.load(f"{out_dir}/last/optimizer.pt", weights_only=True, mmap=True)["run"]["num_documents"]
         with open(f"{out_dir}/metrics.jsonl") as f:
@@ -255,8 +255,6 @@ def run_row(out_dir):
         model = load_model(AutoModelForCausalLM, c.generator)
         sizes = dict(num_memory_tokens=c.num_memory_tokens, query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
         compressor = make_compressor(c, model)
-    except (ValueError, OSError) as e:
-        fail(first_line(e))
     if not scored:
         fail(f"{out_dir}/metrics.jsonl has no exact match: train with eval_samples")
     full = generator_tflop(model, k * c.doc_tokens + c.query_tokens, c.answer_tokens)
@@ -312,7 +310,7 @@ def build(kind, inference=False):
     """ScaleDown with the compressor `kind` and an adapter that does something. inference: all weights in `dtype`."""
     n_layers = kind.removeprefix("n_layers_")
     sizes = dict(num_memory_tokens=int(num_memory_tokens), query_tokens=query_tokens, doc_tokens=doc_tokens,
-                 answer_tokens=answer_tokens, lora_dropout=0.0)
+                 answer_tokens=answer_tokens, lora_dropout=0.1)
     with tempfile.TemporaryDirectory() as root:
         folder = shape_folder(root, generator) if generator in SHAPES else generator
         if n_layers != kind and n_layers.isdigit():
@@ -323,11 +321,8 @@ def build(kind, inference=False):
         else:
             fail(f"compressors are n_layers_N, llama_1b and modernbert, not '{kind}'")
         torch.manual_seed(0)
-        try:
-            with random_weights(device) if generator in SHAPES else nullcontext():
-                model = ScaleDown(config, dtype=getattr(torch, dtype)).to(device).eval()
-        except (ValueError, OSError) as e:
-            fail(first_line(e))
+        with fail_on(ValueError, OSError), random_weights(device) if generator in SHAPES else nullcontext():
+            model = ScaleDown(config, dtype=getattr(torch, dtype)).to(device).eval()
     model.stop_ids = []  # all answers have the same length
     with torch.no_grad():
         for _, m in layers(model.generator):
@@ -408,7 +403,7 @@ def memory(name):
 
 def alone(name, n, *more):
     """Peak memory in GB of a way, which a process of its own builds and calls; NaN where that does not fit."""
-    command = [sys.executable, *sys.argv, f"--only={name}", f"--batch={n}", *more]
+    command = [sys.executable, *sys.argv, f"--only={name}", f"--batch={n}", f"--dtype={dtype}", *more]
     out = subprocess.run(command, capture_output=True, text=True)
     if out.returncode == 0:
         return float(out.stdout.split()[-1])
@@ -485,10 +480,11 @@ def bench_time():
 
 def training(name, n, kind):
     """-> (model, function that makes a training step on n examples and returns the loss) of a way: ours or ordinary"""
-    model = build(kind).train()
+    model = build(kind)
     if name == "ordinary":
         read_separately(model.compressor)
         with_peft(model)
+    model.train()
     optimizer = model.configure_optimizers(1e-5, 1e-5, 0.1, (0.9, 0.999))
     batch = model.to_device(model.collate(examples(n), int(docs)))
     ctx = nullcontext() if dtype == "float32" else torch.autocast(device, dtype=torch.bfloat16)
@@ -524,9 +520,11 @@ def bench_train():
         print(f"{generator}, {kind}, on {device}, {dtype}: a training step on {n} queries of {query_tokens} "
               f"tokens, {docs} documents of {doc_tokens}, {num_memory_tokens} memory tokens, answers of "
               f"{answer_tokens}")
+        ours.eval(), theirs.eval()  # each draws its own dropout
         agree("the losses", our_step(update=False), their_step(update=False), TOLERANCE[dtype] / 10)
         agree("the gradients of the memory tokens", ours.compressor.memory_tokens.grad,
               theirs.compressor.memory_tokens.grad, TOLERANCE[dtype])
+        ours.train(), theirs.train()
         taken = seconds({"ours": our_step, "ordinary": their_step})
         for name, s in taken.items():
             row = dict(name=name, compressor=kind, batch=n, tokens_per_s=[tokens / t for t in s],
@@ -775,8 +773,9 @@ if __name__ == "__main__":
     if what not in (*benches, "prepare"):
         fail(f"what is {', '.join(benches)} or prepare, not '{what}'")
     device = torch_device(device)
-    if dtype not in TOLERANCE:
-        fail(f"dtype is float32 or bfloat16, not '{dtype}'")
+    dtypes = (dtype or fast_dtype(device)).split(",")
+    if set(dtypes) - set(TOLERANCE) or len(dtypes) > 1 and what not in ("time", "train", "decode"):
+        fail(f"dtype is float32 or bfloat16, for time, train and decode also both with a comma, not '{dtype}'")
     if json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(json) or ".")):
         fail(f"json={json} is a folder, or in none")
     if plot:
@@ -785,6 +784,7 @@ if __name__ == "__main__":
             fail("plot takes --what=flops and several docs, num_memory_tokens or runs")
         if os.path.exists(plot) and not os.path.isdir(plot):
             fail(f"plot={plot} is not a folder")
+    dtype = dtypes[0]
     if what == "prepare":
         if not os.path.isfile(corpus):
             fail(f"--corpus=FILE: a file of texts to encode ({corpus or 'none given'})")
@@ -797,7 +797,9 @@ if __name__ == "__main__":
             fail(f"generator is {', '.join(shapes)} or, but for flops and attention, a model's folder, not '{name}'")
     if what != "flops" and len(numbers("docs", docs) + numbers("num_memory_tokens", num_memory_tokens)) > 2:
         fail(f"docs is one number, and num_memory_tokens too, but for --what=flops: not {docs} and {num_memory_tokens}")
-    rows = benches[what]()
+    rows = []
+    for dtype in dtypes:
+        rows += [row | dict(dtype=dtype) for row in benches[what]() or ()]
     if json and not only:
         with open(json, "w") as f:
             dump(rows, f, indent=1)

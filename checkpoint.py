@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from configurator import fail
+from configurator import fail, first_line
 from distributed import print0
 from files import file_sha256, load_tensors, replacing, replacing_folder
 from lora import load_lora, save_lora
-from pretrained import first_line, note
+from pretrained import ModelError, note
 
 # ---- a model's checkpoint
 
@@ -100,6 +100,22 @@ def find_folders(config, out_dir):
         if not os.path.isdir(path):
             setattr(config, name, str(next(above, path)))
     return config
+
+
+def open_checkpoint(model_class, config_class, folder, device, dtype, overrides):
+    """A model from its checkpoint; see ScaleDown.from_pretrained()."""
+    saved, settings = read_config(folder, config_class)
+    config = find_folders(config_class(**{**settings, **overrides}), folder)
+    dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+    try:
+        model = model_class(config, dtype, saved["prompt"])
+    except ModelError as e:
+        moved = "" if os.path.isdir(config.generator) else " (--generator=FOLDER says where it lies now)"
+        raise ModelError(f"{e}{moved}") from e
+    model.load(folder)
+    for p in model.parameters():  # not .to(dtype): it would round the rotary embeddings' frequencies too
+        p.data = p.data.to(dtype)
+    return model.to(device).eval()
 
 
 # ---- the checkpoints of a training run

@@ -12,6 +12,7 @@ import ast
 import difflib
 import os
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -115,6 +116,22 @@ def print_help(settings):
         print(line.rstrip())
 
 
+def first_line(error):
+    """An exception in one line: its first line with words, after its type unless it is one that speaks to users."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = " ".join(lines[:3] if lines and lines[0].endswith(":") else lines[:1])
+    return line if isinstance(error, (ValueError, OSError)) and line else f"{type(error).__name__}: {line}"
+
+
+@contextmanager
+def fail_on(*errors):
+    """Within it an error of these classes ends the script, with its first line."""
+    try:
+        yield
+    except errors as e:
+        fail(first_line(e))
+
+
 def under_torchrun():
     """Whether torchrun has started this process. Other launchers set some of its variables, too."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
@@ -147,3 +164,11 @@ def torch_device(name):
         fail("device is neuron, but torch finds none: that takes a Trn2 or Trn3 instance and TorchNeuron, which is "
              "torch-neuronx 2.13 or later (docs/trainium.md); on Trn1 --device=trainium")
     return name
+
+
+def fast_dtype(device):
+    """bfloat16 on a device that multiplies it faster than float32 (CUDA, Trainium, a CPU with AMX or AVX512-BF16), else
+    float32."""
+    amx = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = device.split(":")[0] in ("cuda", "gpu", "neuron", "trainium") or device == "cpu" and amx
+    return "bfloat16" if fast else "float32"

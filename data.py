@@ -219,6 +219,11 @@ class Chunks(Documents):
 def open_data(c):
     """train_data and val_data of a run of train.py with the settings c. Exits with one line where they cannot be used,
     and says it when reranking_scores are so large that the loss of the answers is lost next to theirs."""
+    if c["task"] not in ("answer", "pretrain"):
+        fail(f"task is answer or pretrain, not '{c['task']}'")
+    if c["task"] == "pretrain" and (c["enable_reranking"] or c["sample_at_end"] or c["mode"] != "compressed"):
+        fail("task=pretrain has neither scores to learn, nor a question to end with, nor a text to answer from: "
+             "enable_reranking, sample_at_end and mode are for the run that begins with it")
     try:
         if c["task"] == "pretrain":
             tokenizer = load_tokenizer(c["generator"])
@@ -243,6 +248,13 @@ def check_questions(queries, documents=None):
             raise ValueError("empty query")
         if documents is not None and not documents[i]:
             raise ValueError(f"no documents for the query '{query}'")
+
+
+def with_documents_of_others(examples):
+    """Every example with the documents of the one that stands half the list away; none of a single one."""
+    half = len(examples) // 2
+    others = examples[half:] + examples[:half] if half else []
+    return [{**x, "documents": other["documents"]} for x, other in zip(examples, others)]
 
 
 def text_length(x):
@@ -292,7 +304,7 @@ class Store:
         self.folder = folder
         self.paths = sorted(Path(folder).glob("*.safetensors"))
         if not self.paths:
-            raise FileNotFoundError(f"{folder} holds no store: evaluate.py --compress=CORPUS --store={folder} makes one")
+            raise FileNotFoundError(f"{folder} holds no store: evaluate.py --compress=CORPUS --store={folder} makes it")
         self.shards = [self.open(path, made_of) for path in self.paths]
         keys = [shard.get_tensor("keys").numpy() for shard in self.shards]
         shard, row = np.repeat(range(len(keys)), [*map(len, keys)]), np.concatenate([np.arange(len(k)) for k in keys])

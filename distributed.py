@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
 
-from configurator import fail, torch_device, under_torchrun
-from pretrained import decoder_layers, first_line
+from configurator import fail, fast_dtype, first_line, torch_device, under_torchrun
+from pretrained import decoder_layers
 
 rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if under_torchrun() else (0, 1)
 host_group = None
@@ -62,7 +63,7 @@ def start(device, dtype, fsdp, gradient_accumulation_steps):
     if device == "xla" and not find_spec("torch_xla"):
         fail("device is xla, which takes PyTorch/XLA: pip install torch==2.9.0 torch_xla==2.9.0")
     kind = "xla" if device in ("trainium", "xla") else torch_device(device).split(":")[0]
-    dtype = dtype or ("bfloat16" if kind in ("cuda", "neuron") or device == "trainium" else "float32")
+    dtype = dtype or fast_dtype(device)
     if dtype not in ("float32", "bfloat16"):
         fail(f"dtype is float32 or bfloat16, not '{dtype}'")
     p = Processes(torch_device(device) if kind != "xla" else None, kind, dtype)
@@ -216,6 +217,11 @@ class StepLosses:
         return means | {"grad_norm": self.window["grad_norm"]} if n else {}
 
 
+def backbones(model):
+    """The transformers within a ScaleDown model: the generator and those that its compressor is made of."""
+    return [model.generator, *(m for m in model.compressor.children() if isinstance(m, PreTrainedModel))]
+
+
 def place(model, processes, fsdp):
     """Moves a ScaleDown model to the device. fsdp: spreads all parameters over the processes' devices (FSDP2). Every
     decoder layer is gathered when it is used and released after it (with gradient checkpointing; without, autocast's
@@ -225,12 +231,12 @@ def place(model, processes, fsdp):
         model.to(processes.device)
     else:
         mesh = dist.device_mesh.init_device_mesh(processes.kind, (processes.world,))
-        for layer in chain(*map(decoder_layers, model.backbones())):
+        for layer in chain(*map(decoder_layers, backbones(model))):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         register_fsdp_forward_method(model, "generate")
     if processes.kind == "xla":  # autocast knows no other attention there
-        for backbone in model.backbones():
+        for backbone in backbones(model):
             backbone.set_attn_implementation(backbone.config._attn_implementation.replace("sdpa", "eager"))
 
 
@@ -240,7 +246,7 @@ def enable_gradient_checkpointing(model, kind="cpu"):
         from torch_xla.utils.checkpoint import checkpoint
     else:
         checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-    for backbone in model.backbones():
+    for backbone in backbones(model):
         backbone._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 
 

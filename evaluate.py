@@ -26,13 +26,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from compressor import left_pad
-from configurator import at_least, configure, fail
+from configurator import at_least, configure, fail, fail_on
 from data import Documents, Examples, Store, document_text
 from files import file_sha256, replacing
 from lora import merge_and_unload
 from metrics import interval, ndcg, read_qrels, references, score, trec_order
 from modes import Modes
-from pretrained import first_line, load_model, load_tokenizer, plain_text
+from pretrained import load_model, load_tokenizer, plain_text
 from prompt import render, with_system
 
 # -----------------------------------------------------------------------------
@@ -57,7 +57,7 @@ batch_size = 32
 seed = 1337
 compile = False  # the step that writes a token: takes a minute, may pay on many questions
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+dtype = ""  # float32 or bfloat16; empty: whichever is faster on the device
 # -----------------------------------------------------------------------------
 configure(globals())
 at_least(globals(), batch_size=1, max_new_tokens=0, candidates=0, keep=0, max_samples=0, top_k=0, temperature=0, seed=0,
@@ -206,7 +206,8 @@ def write_answers(rows):
 
 def evaluate(examples):
     """Answers in every mode and prints the scores, with 95% confidence intervals, also as JSON."""
-    rows, scores = [dict(query=x["query"], references=references(x)) for x in examples], {}
+    rows = [{name: x[name] for name in ("_id", "query") if name in x} | {"references": references(x)} for x in examples]
+    scores = {}
     for mode in modes.names:
         found = answer_all(mode, examples)
         if found is None:
@@ -232,27 +233,23 @@ def evaluate(examples):
     print(json.dumps(scores))
 
 
-try:
+with fail_on(ValueError, OSError):
     examples = Examples(data, need_answer=False) if data else []
     relevance = read_qrels(qrels) if qrels else {}
     modes = Modes(out_dir, device, dtype, keep, store, generator, compressor_model)
     if judge:
         judge_tokenizer = load_tokenizer(judge)
-        judge_model = load_model(AutoModelForCausalLM, judge, dtype=getattr(torch, dtype)).to(modes.model.device).eval()
+        judge_model = load_model(AutoModelForCausalLM, judge, dtype=modes.model.sep.dtype).to(modes.model.device).eval()
     if store and not compress:
         modes.open_store(store)
-except (ValueError, OSError) as e:
-    fail(first_line(e))
 if compile:
     modes.model.decoder.compile()
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]
 for x in examples:
     x["documents"] = x["documents"][:candidates or None]
 if compress:
-    try:
+    with fail_on(ValueError, OSError, SafetensorError):  # the last of a full disk
         fill_store()
-    except (ValueError, OSError, SafetensorError) as e:  # the last of a full disk
-        fail(e)
 elif export:
     export_generator()
 else:

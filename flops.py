@@ -34,6 +34,12 @@ def describe_parameters(model):
             f"parameters; frozen: {millions(model, False):.2f}M")
 
 
+def describe_entry(entry):
+    """An entry of the log as a line."""
+    return ", ".join(f"{name} {value:.2e}" if name.endswith("_lr") else f"{name} {value:,}" if isinstance(value, int)
+                     else f"{name} {value:.4f}" for name, value in entry.items())
+
+
 def matrix_weights(module):
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, Conv1D)))
 
@@ -64,6 +70,9 @@ class StepFlops:
         each = 4 if c.compressor_lora_r else 6
         answer, documents = (batch["labels"] != -100).sum().item(), present.sum().item()
         l, learned = c.num_memory_tokens, c.num_memory_tokens + c.enable_reranking
+        if "compressor" not in batch:  # mode full or none
+            tokens = batch["tail_mask"].sum().item()
+            return answer, tokens, tokens * (4 * self.frozen + 6 * self.lora) + 4 * answer * self.head
         masks = [t for name, t in batch["compressor"].items() if name.endswith("mask")]  # (B, T) or (B, k, T)
         compressor = sum((t & present[..., None] if t.dim() == 3 else t).sum().item() for t in masks)
         compressor += documents * learned

@@ -44,11 +44,25 @@ def mean_scores(answers, examples):
     return {name: sum(column) / len(rows) for name, column in zip(("em", "f1", "match"), zip(*rows))}
 
 
-def interval(values, resamples=1000):
-    """The 95% confidence interval of a mean: percentiles of the means of bootstrap resamples (Efron, 1979)."""
+def bootstrap_means(values, resamples):
+    """The means of bootstrap resamples (Efron, 1979)."""
     values, rng = np.asarray(values, dtype=float), np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    return np.percentile(means, [2.5, 97.5]).tolist()
+    return np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+
+
+def interval(values, resamples=1000):
+    """The 95% confidence interval of a mean: percentiles of the means of bootstrap resamples."""
+    return np.percentile(bootstrap_means(values, resamples), [2.5, 97.5]).tolist()
+
+
+def paired_test(a, b, resamples=10_000):
+    """Scores of the same questions in two ways -> the mean of a - b, its 95% interval, and p of the two-sided paired
+    bootstrap test (Efron and Tibshirani, 1993, section 16.4): how often the mean of resampled differences, shifted to a
+    mean of 0, lies as far from 0 as theirs."""
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    mean, means = difference.mean(), bootstrap_means(difference, resamples)
+    far = abs(means - mean) >= abs(mean) - 1e-12
+    return mean, np.percentile(means, [2.5, 97.5]).tolist(), (far.sum() + 1) / (resamples + 1)
 
 
 def read_qrels(path):

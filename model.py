@@ -12,27 +12,26 @@ where all but the memory and the learned SEP is the text of its chat prompt (pro
 generate.py; checkpoints are written and read by checkpoint.py.
 """
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 
 import generate
-from checkpoint import find_folders, load_weights, read_config, save_weights
+from checkpoint import load_weights, open_checkpoint, save_weights
 from compressor import compressor_class, left_pad
 from data import check_questions, document_text
 from lora import adapter_off, apply_lora
-from pretrained import ModelError, embedding_std, fingerprint, load_generator, load_tokenizer
-from prompt import Prompt
+from pretrained import embedding_std, fingerprint, load_generator, load_tokenizer
+from prompt import Prompt, render_prompts
 
 
 @dataclass
 class ScaleDownConfig:
     generator: str = "mistralai/Mistral-7B-Instruct-v0.2"
+    mode: str = "compressed"  # what the generator learns to answer from; or the full text, or none: no documents
     compressor_type: str = "n_layers"  # or modernbert, or a class of your own: module.Class (see Compressor)
     num_layers: int = 8  # n_layers: how many of the generator's layers
     compressor_model: str = "answerdotai/ModernBERT-base"  # modernbert: any encoder or small decoder
@@ -61,6 +60,10 @@ class ScaleDown(nn.Module):
         self.config = c = config
         if min(c.num_memory_tokens, c.query_tokens, c.doc_tokens, c.answer_tokens, c.lora_r) < 1:
             raise ValueError("num_memory_tokens, query_tokens, doc_tokens, answer_tokens and lora_r must be at least 1")
+        if c.mode not in ("compressed", "full", "none"):
+            raise ValueError(f"mode is compressed, full or none, not '{c.mode}'")
+        if c.mode != "compressed" and (c.enable_reranking or c.compressor_lora_r):
+            raise ValueError(f"enable_reranking and compressor_lora_r take a compressor, which mode={c.mode} has not")
         if c.enable_reranking and not c.query_dependent:
             raise ValueError("enable_reranking scores documents for a query: it takes query_dependent=True")
         self.generator = load_generator(c.generator, dtype)
@@ -69,14 +72,16 @@ class ScaleDown(nn.Module):
         apply_lora(self.generator, c.lora_r, c.lora_alpha, c.lora_dropout)
         self.tokenizer = load_tokenizer(c.generator)
         try:
-            self.template_prompt = self.render_prompt()
+            self.template_prompt = render_prompts(self.tokenizer, self.generator.generation_config.eos_token_id)
         except ValueError as e:
             if not kept_prompt:
                 raise ValueError(f"{c.generator}: {e}") from e
             self.template_prompt = None
         self.use_prompt(kept_prompt or self.template_prompt)
-        self.compressor = compressor_class(c.compressor_type)(c, self.generator)
-        self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, embed.embedding_dim))  # between two documents
+        made = compressor_class(c.compressor_type) if c.mode == "compressed" else lambda *_: nn.Module()
+        self.compressor = made(c, self.generator)
+        self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, embed.embedding_dim),  # between two documents
+                                requires_grad=c.mode == "compressed")
         self.decoder = generate.Decoder(self.generator)
         if c.compressor_lora_r:  # its backbone is frozen, too, and so not in a checkpoint
             self.identities["compressor"] = fingerprint(self.compressor.backbone)
@@ -86,16 +91,8 @@ class ScaleDown(nn.Module):
 
     # ---- prompt
 
-    def render_prompt(self):
-        """The prompt by the tokeniser's template, all of it that matters, as a checkpoint keeps it."""
-        prompts = {name: Prompt(self.tokenizer, name == "documents") for name in ("documents", "no_documents")}
-        eos = self.generator.generation_config.eos_token_id
-        stop = [prompts["documents"].end_id] + (eos if isinstance(eos, list) else [] if eos is None else [eos])
-        return {name: prompt.parts() for name, prompt in prompts.items()} | dict(
-            before_ids=prompts["documents"].ids(prompts["documents"].before), stop_ids=stop)
-
     def use_prompt(self, kept):
-        """kept: what render_prompt() has returned, now or when a checkpoint was made."""
+        """kept: what render_prompts() has returned, now or when a checkpoint was made."""
         self.kept_prompt = kept
         self.prompt, self.prompt_no_documents = (Prompt(self.tokenizer, kept=kept[name])
                                                  for name in ("documents", "no_documents"))
@@ -106,6 +103,11 @@ class ScaleDown(nn.Module):
     @property
     def device(self):
         return self.sep.device
+
+    @property
+    def modes(self):
+        """The ways to answer: as trained, and the plain LLM's two (see generate())."""
+        return ["compressed" if self.config.mode == "compressed" else "fine-tuned", "full", "none"]
 
     # ---- text -> tensors
 
@@ -120,9 +122,13 @@ class ScaleDown(nn.Module):
         check_questions(queries, documents)
         k = num_documents or max(len(docs) for docs in documents)
         present = torch.arange(k) < torch.tensor([len(docs) for docs in documents])[:, None]  # (B, k)
-        batch = dict(compressor=self.compressor.tokenize(queries, documents, k, fixed), present=present)
-        # `between query after [answer]`
-        tails = [self.prompt.question_ids(q, c.query_tokens) for q in self.prompt.cut(queries, c.query_tokens)]
+        batch = dict(present=present)
+        if c.mode == "compressed":
+            batch["compressor"] = self.compressor.tokenize(queries, documents, k, fixed)
+            # `between query after [answer]`
+            tails = [self.prompt.question_ids(q, c.query_tokens) for q in self.prompt.cut(queries, c.query_tokens)]
+        else:  # the whole prompt
+            tails = self.prompt.ids(self.full_prompts(queries, documents, c.mode))
         if "answer" in examples[0]:
             answers = self.prompt.answer_ids([x["answer"] for x in examples], c.answer_tokens)
             tails = [t + a for t, a in zip(tails, answers)]
@@ -130,7 +136,9 @@ class ScaleDown(nn.Module):
             batch["labels"] = ids.masked_fill(~mask, -100)  # (B, A)
         longest = len(self.prompt.ids(self.prompt.between + self.prompt.after)) + c.query_tokens + c.answer_tokens
         batch["tail_ids"], batch["tail_mask"] = left_pad(tails, longest if fixed else 1)  # (B, T)
-        length = len(self.before_ids) + present.sum(1) * (c.num_memory_tokens + 1) - 1 + batch["tail_mask"].sum(1)
+        length = batch["tail_mask"].sum(1)
+        if c.mode == "compressed":
+            length += len(self.before_ids) + present.sum(1) * (c.num_memory_tokens + 1) - 1
         generate.check_length(self.generator, length.max().item())
         if c.enable_reranking and "reranking_scores" in examples[0]:
             batch["scores"] = torch.tensor([(x["reranking_scores"][:k] + [0.0] * k)[:k] for x in examples])  # (B, k)
@@ -163,8 +171,11 @@ class ScaleDown(nn.Module):
         Returns loss, {"generation": .., "reranking": ..} (the second only when reranking, before lambda).
         """
         labels = batch["labels"]  # (B, A), -100 = padding
-        memory, scores = self.compressor(**batch["compressor"])
-        x, mask = self.prompt_embeddings(memory, batch)
+        if self.config.mode == "compressed":
+            memory, scores = self.compressor(**batch["compressor"])
+            x, mask = self.prompt_embeddings(memory, batch)
+        else:
+            x, mask = self.generator.get_input_embeddings()(batch["tail_ids"]), batch["tail_mask"]
         # the answer stands at the last A positions; each token is predicted from the position before it
         logits = generate.last_logits(self.generator, x, mask, labels.shape[1] + 1)[:, :-1]  # (B, A, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
@@ -202,6 +213,7 @@ class ScaleDown(nn.Module):
     def embed_prompts(self, queries, documents, mode="compressed", num_documents=None, memory=None):
         """B queries and B lists of documents -> what the generator reads: embeddings (B, P, d) and mask (B, P). On XLA
         and TorchNeuron of one shape for all queries, given num_documents. memory: as in generate()."""
+        mode = self.config.mode if mode == "fine-tuned" else mode
         if mode == "compressed":
             examples = [dict(query=q, documents=d) for q, d in zip(queries, documents)]
             fixed = self.device.type in ("xla", "neuron")
@@ -213,19 +225,21 @@ class ScaleDown(nn.Module):
         ids, mask = left_pad(self.prompt.ids(self.full_prompts(queries, documents, mode)))
         return self.generator.get_input_embeddings()(ids.to(self.device)), mask.to(self.device)
 
-    def generate(self, queries, documents, max_new_tokens=None, temperature=0.0, top_k=0, mode="compressed",
+    def generate(self, queries, documents, max_new_tokens=None, temperature=0.0, top_k=0, mode=None,
                  num_documents=None, memory=None):
         """Answers (B strings) to B queries over B lists of documents. num_documents: as in collate(). memory
         (B, k, l, d): of these documents, where compress() has made it already.
 
-        mode: compressed; full (the same prompt with the documents' text, adapter off: the uncompressed model); none (no
+        mode: one of self.modes, by default the first, which is what was trained: compressed or, of a model of another
+        config.mode, fine-tuned; full (the same prompt with the documents' text, adapter off: the plain LLM); none (no
         documents, adapter off). temperature 0 is greedy; top_k 0 samples from all tokens. max_new_tokens: answer_tokens
-        by default. Raises ValueError for an empty query, for no documents (unless mode is none) and for more positions
-        than the generator has.
+        by default. Raises ValueError for an empty query, for no documents (unless they are not read) and for more
+        positions than the generator has.
         """
-        if mode not in ("compressed", "full", "none"):
-            raise ValueError(f"mode is compressed, full or none, not '{mode}'")
-        adapter = nullcontext() if mode == "compressed" else adapter_off(self.generator)
+        mode = mode or self.modes[0]
+        if mode not in self.modes:
+            raise ValueError(f"mode is {', '.join(self.modes[:-1])} or {self.modes[-1]}, not '{mode}'")
+        adapter = nullcontext() if mode == self.modes[0] else adapter_off(self.generator)
         with torch.no_grad(), generate.eval_mode(self), adapter:
             x, mask = self.embed_prompts(queries, documents, mode, num_documents, memory)
             prefix = 0 if mode != "compressed" or x.device.type == "xla" else len(self.before_ids)
@@ -234,10 +248,6 @@ class ScaleDown(nn.Module):
         return [answer.strip() for answer in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     # ---- training, checkpoints
-
-    def backbones(self):
-        """The transformers within: the generator and those that the compressor is made of."""
-        return [self.generator, *(m for m in self.compressor.children() if isinstance(m, PreTrainedModel))]
 
     def configure_optimizers(self, generator_lr, compressor_lr, weight_decay, betas, **kwargs):
         """AdamW with a learning rate for the LoRA and one for the compressor (its memory tokens and SEP with it).
@@ -263,15 +273,4 @@ class ScaleDown(nn.Module):
     def from_pretrained(cls, out_dir, device="cpu", dtype=None, **overrides):
         """A trained model, ready to generate. dtype: of all weights, by default bfloat16 on CUDA, else float32.
         overrides: settings to replace, such as generator= where the generator's folder has moved."""
-        saved, settings = read_config(out_dir, ScaleDownConfig)
-        config = find_folders(ScaleDownConfig(**{**settings, **overrides}), out_dir)
-        dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
-        try:
-            model = cls(config, dtype, saved["prompt"])
-        except ModelError as e:
-            moved = "" if os.path.isdir(config.generator) else " (--generator=FOLDER says where it lies now)"
-            raise ModelError(f"{e}{moved}") from e
-        model.load(out_dir)
-        for p in model.parameters():  # not .to(dtype): it would round the rotary embeddings' frequencies too
-            p.data = p.data.to(dtype)
-        return model.to(device).eval()
+        return open_checkpoint(cls, ScaleDownConfig, out_dir, device, dtype, overrides)

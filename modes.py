@@ -2,13 +2,14 @@
 The ways in which a checkpoint answers questions, next to one another:
 
     compressed  from the documents' memory, made now or taken from a store
+    fine-tuned  in place of it, of a checkpoint trained with mode=full or none: from what it was trained on
     reranked    .. of the documents that the compressor finds most relevant alone
     full, none  the same generator without its adapter, from the documents' full text, or without any
 """
 
 import torch
 
-from configurator import fail, torch_device
+from configurator import fail, fast_dtype, torch_device
 from data import Store
 from files import file_sha256
 from model import ScaleDown
@@ -20,18 +21,22 @@ class Modes:
 
     def __init__(self, out_dir, device, dtype, keep=0, store="", generator="", compressor_model=""):
         device = torch_device(device)
+        dtype = dtype or fast_dtype(device)
         if dtype not in ("float32", "bfloat16"):
             fail(f"dtype is float32 or bfloat16, not '{dtype}'")
         moved = dict(generator=generator, compressor_model=compressor_model)
         self.model = ScaleDown.from_pretrained(out_dir, device, getattr(torch, dtype),
                                                **{name: value for name, value in moved.items() if value})
         config = self.model.config
+        if store and config.mode != "compressed":
+            fail(f"{out_dir} was trained with mode={config.mode}: it makes no memory to store")
         if store and config.query_dependent:
             fail(f"{out_dir} was trained with query_dependent=True: it reads documents together with the query, so "
                  "that there is nothing to store")
         if keep and not config.enable_reranking:
             fail(f"{out_dir} was trained without enable_reranking: it has no relevance to keep documents by")
-        self.keep, self.store, self.names = keep, None, ["compressed"] + ["reranked"] * bool(keep) + ["full", "none"]
+        self.keep, self.store, trained = keep, None, self.model.modes
+        self.names = trained[:1] + ["reranked"] * bool(keep) + trained[1:]
         self.made_of = store and {name: file_sha256(f"{out_dir}/{file}") for name, file in
                                   (("compressor", "compressor.safetensors"), ("config", "config.json"))}
 

@@ -39,14 +39,14 @@ from transformers import AutoModelForSequenceClassification, logging
 from transformers.models.auto import modeling_auto
 
 import distributed  # rank and world by its name: configure() takes numbers among a script's globals for settings
-from configurator import at_least, configure, fail, torch_device
+from configurator import at_least, configure, fail, fast_dtype, first_line, torch_device
 from corpus import Corpus, chunk, index_corpus
 from data import document_text
 from distributed import share
 from files import file_sha256, naming, replacing
 from formats import read_documents, read_others_run, read_queries, read_run, run_lines, to_line
 from parts import by_length, join_parts, make_parts, pad, part_size, parts_of, progress
-from pretrained import ModelError, first_line, load_config, load_model, load_tokenizer, longest_text, note
+from pretrained import ModelError, load_config, load_model, load_tokenizer, longest_text, note
 from prompt import Prompt
 from splade import Splade, check_pooling, find_shards, search, shard_size, write_shard
 from teacher import Teacher
@@ -79,8 +79,8 @@ batch_tokens = 16384  # tokens in a batch of any of the models
 overwrite = False  # make anew what was made with other settings
 last_stage = "train"  # stop after this one: after corpus, to go on with the run of another engine
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # of the teacher's weights
-encoder_dtype = "float16" if torch.cuda.is_available() else "float32"  # of SPLADE's and the reranker's
+dtype = ""  # of the teacher's weights: float32, bfloat16 or float16; empty: whichever of the first two is faster
+encoder_dtype = ""  # of SPLADE's and the reranker's; empty: float16 on CUDA, else as the teacher's
 # of the toy: what they mean, data/toy/prepare.py says
 seed = 1337
 train_examples = 36000
@@ -626,8 +626,10 @@ def make_stage(folder, name, manifest):
 
 
 def make_dataset(settings):
-    global device
+    global device, dtype, encoder_dtype
     device = torch_device(device)
+    settings["dtype"] = dtype = dtype or fast_dtype(device)
+    settings["encoder_dtype"] = encoder_dtype = encoder_dtype or ("float16" if device.startswith("cuda") else dtype)
     if distributed.rank == 0:
         check_settings()
         check_models()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
 
-from configurator import under_torchrun
+from configurator import first_line, under_torchrun
 
 # What adapter_config.json may say of an adapter that is LoRALinear's and nothing more: settings that change nothing in
 # what the file's A and B mean, whatever their value, and the values that others may have. All further ones must be off.
@@ -33,13 +33,6 @@ def note(line):
     """One line to the user, next to what a script prints; under torchrun from the first process alone."""
     if not under_torchrun() or os.environ["RANK"] == "0":
         print(line, file=sys.stderr)
-
-
-def first_line(error):
-    """An exception in one line: its first line with words, after its type unless it is one that speaks to users."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = " ".join(lines[:3] if lines and lines[0].endswith(":") else lines[:1])
-    return line if isinstance(error, (ValueError, OSError)) and line else f"{type(error).__name__}: {line}"
 
 
 def pretrained(load, name, **kwargs):

@@ -12,7 +12,8 @@ Notable: documents, query and answer are text from outside, in which nothing bec
 
 from functools import partial
 
-from pretrained import first_line, plain_text
+from configurator import first_line
+from pretrained import plain_text
 
 SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
 SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
@@ -123,3 +124,14 @@ class Prompt:
         """Token ids of each answer and its end of turn, at most max_tokens."""
         rows = self.ids_after(self.after, [self.answer_start + self.plain(a) for a in answers])
         return [(row + [self.end_id])[:max_tokens] for row in rows]
+
+
+def render_prompts(tokenizer, eos_token_id):
+    """The generator's prompts, with documents and without, as a checkpoint keeps them: all that depends on its chat
+    template. eos_token_id: a number, several or None, which end an answer as its end of turn does. Raises what render()
+    raises."""
+    prompts = {name: Prompt(tokenizer, name == "documents") for name in ("documents", "no_documents")}
+    stop = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+    whole = prompts["documents"]
+    return {name: prompt.parts() for name, prompt in prompts.items()} | dict(
+        before_ids=whole.ids(whole.before), stop_ids=[whole.end_id, *stop])

@@ -14,11 +14,10 @@ import sys
 
 import torch
 
-from configurator import at_least, configure, fail
+from configurator import at_least, configure, fail, fail_on
 from data import Documents, Examples, document_text
 from generate import nearest_tokens
 from modes import Modes
-from pretrained import first_line
 
 # -----------------------------------------------------------------------------
 out_dir = "out/toy/best"  # a checkpoint
@@ -37,7 +36,7 @@ top_k = 0  # sample from the k likeliest tokens; 0 = from all
 seed = 1337
 compile = False  # the step that writes a token: takes a minute, may pay on many questions
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+dtype = ""  # float32 or bfloat16; empty: whichever is faster on the device
 # -----------------------------------------------------------------------------
 given = {arg[2:].split("=")[0] for arg in sys.argv[1:] if arg.startswith("--")}
 if given & {"data", "qrels", "answers", "judge", "compress", "export"}:
@@ -54,7 +53,7 @@ if query and not query.strip():
     fail("empty query")
 torch.manual_seed(seed)
 
-try:
+with fail_on(ValueError, OSError):
     if query:
         x = dict(query=query, documents=[*Documents(docs)])
     else:
@@ -68,8 +67,8 @@ try:
     if compile:
         model.decoder.compile()
     read = {mode: modes.reads([x], mode) for mode in modes.names}
-    memory, scores = read["compressed"][2], None
-    if memory is None:
+    memory, scores = read[modes.names[0]][2], None
+    if memory is None and model.config.mode == "compressed":
         memory, scores = model.compress([x["query"]], [x["documents"]])  # (1, k, l, d), (1, k)
     for i, document in enumerate(x["documents"]):
         label = f"[{i + 1}]" if scores is None else f"[{i + 1}, relevance {scores[0, i].item():.2f}]"
@@ -80,13 +79,11 @@ try:
         n = model.embed_prompts(queries, documents, kind, memory=stored)[1].sum().item()
         answer, = modes.answer(mode, queries, documents, stored, max_new_tokens, temperature, top_k)
         print(f"{mode:10}  {n:5} positions read by the generator   {answer}")
-except (ValueError, OSError) as e:
-    fail(first_line(e))
 if "answer" in x:
     print(f"{'teacher':10}  {'':36}   {x['answer']}")
 if "answers" in x:
     print(f"{'gold':10}  {'':36}   {' / '.join(x['answers'])}")
-if show_memory:
+if show_memory and memory is not None:
     print("\nnearest tokens of each memory embedding:")
     for i, document in enumerate(nearest_tokens(model.generator, model.tokenizer, memory)[0]):
         for j, tokens in enumerate(document):

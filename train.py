@@ -23,14 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from checkpoint import Checkpoints
-from configurator import at_least, configure, fail, import_or_fail
-from data import StepExamples, open_data, text_length
+from configurator import at_least, configure, fail, fail_on, import_or_fail
+from data import StepExamples, open_data, text_length, with_documents_of_others
 from distributed import host_sum, print0
 from files import file_sha256
-from flops import StepFlops, Throughput, describe_parameters, peak_tflops_here
+from flops import StepFlops, Throughput, describe_entry, describe_parameters, peak_tflops_here
 from metrics import mean_scores
 from model import ScaleDown, ScaleDownConfig
-from pretrained import first_line
 
 # -----------------------------------------------------------------------------
 # the paper's values (Table 7), for its N-layers compressor
@@ -52,6 +51,7 @@ train_data = "data/train.jsonl"  # for pretrain a corpus.jsonl, or a file of pla
 val_data = "data/val.jsonl"
 num_documents = 5  # k
 # model
+mode = "compressed"  # what the generator learns to answer from; to compare with: full, the documents' text, or none
 generator = "mistralai/Mistral-7B-Instruct-v0.2"
 compressor_type = "n_layers"  # or modernbert, or a class of your own: module.Class
 num_layers = 8
@@ -87,7 +87,7 @@ seed = 1337
 # system
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 # also trainium (PyTorch/XLA), neuron (TorchNeuron), xla (PyTorch/XLA on anything else)
-dtype = ""  # float32 or bfloat16, by default bfloat16 on CUDA and Trainium; what is trained is always kept in float32
+dtype = ""  # float32 or bfloat16; empty: whichever is faster on the device. What is trained is always kept in float32
 compile = False
 fsdp = False  # under torchrun: spread the weights over the devices (FSDP2) instead of copying them (DDP)
 peak_tflops = 0.0  # of one device, for "mfu"; 0: looked up for some GPUs
@@ -95,11 +95,6 @@ peak_tflops = 0.0  # of one device, for "mfu"; 0: looked up for some GPUs
 config = configure(globals())
 if init_from not in ("scratch", "resume") and not os.path.isdir(init_from):
     fail(f"init_from is scratch, resume or the folder of a checkpoint, not '{init_from}'")
-if task not in ("answer", "pretrain"):
-    fail(f"task is answer or pretrain, not '{task}'")
-if task == "pretrain" and (enable_reranking or sample_at_end):
-    fail("task=pretrain has neither scores to learn nor a question to end with: enable_reranking and sample_at_end are "
-         "for the run that begins with it")
 at_least(globals(), **{name: 0 for name, value in config.items() if type(value) in (int, float)})
 at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,
          log_interval=1)
@@ -128,14 +123,15 @@ steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
 val_examples = [val_set[i] for i in range(min(eval_examples, len(val_set)))]
 samples = sorted(val_examples[:eval_samples], key=text_length)
 val_examples.sort(key=text_length)  # like next to like: less padding
+strangers = with_documents_of_others(val_examples) if mode != "none" else []
 static_shapes = kind in ("xla", "neuron")  # devices that compile what they run get batches of one shape
+if static_shapes and mode != "compressed":
+    fail(f"mode={mode} is for devices that take batches of any shape: not for {device}")
 
 
 def collate(examples):
-    try:
+    with fail_on(ValueError):
         return model.collate(examples, num_documents, static_shapes)
-    except ValueError as e:
-        fail(e)
 
 
 def get_micro_batches(step):
@@ -159,15 +155,13 @@ elif not eval_only:
 
 # model
 torch.manual_seed(seed)
-try:
+with fail_on(ValueError, OSError):
     model = ScaleDown(ScaleDownConfig(**{name: config[name] for name in ScaleDownConfig.__dataclass_fields__}),
                       dtype=getattr(torch, dtype))
     if eval_only:
         checkpoints.compare_model(config, ScaleDownConfig)
     if eval_only or init_from != "scratch":
         model.load(out_dir if eval_only else checkpoints.last if resuming else init_from)
-except (ValueError, OSError) as e:
-    fail(first_line(e))
 distributed.place(model, processes, fsdp)
 if gradient_checkpointing:
     distributed.enable_gradient_checkpointing(model, kind)
@@ -207,11 +201,14 @@ def lr_factor(step):
 
 @torch.no_grad()
 def evaluate():
-    """Validation loss and scores of greedy answers, over all processes; None when a signal came in between."""
-    sums = dict.fromkeys(("generation", "reranking", "tokens", "em", "f1", "match", "samples"), 0.0)
+    """Validation loss, the same with documents of other questions (where the two are equal nothing is read), and scores
+    of greedy answers, over all processes; None when a signal came in between."""
+    sums = dict.fromkeys(("generation", "reranking", "shuffled", "tokens", "em", "f1", "match", "samples"), 0.0)
     model.eval()
-    for i in signals.until_caught(range(0, len(val_examples), batch_size * world)):
-        mine = val_examples[i:i + batch_size * world][rank::world]
+    stride = batch_size * world
+    slices = [(examples, i) for examples in (val_examples, strangers) for i in range(0, len(examples), stride)]
+    for examples, i in signals.until_caught(slices):
+        mine = examples[i:i + stride][rank::world]
         # as many batches in every process (FSDP2), all full (XLA): what fills up counts nothing
         batch = collate((mine + val_examples[:1] * batch_size)[:batch_size])
         batch["labels"][len(mine):] = -100
@@ -220,6 +217,9 @@ def evaluate():
             _, parts = forward(model.to_device(batch), num_answer_tokens=1, num_queries=1)
         if xla:
             xm.mark_step()
+        if examples is strangers:
+            sums["shuffled"] += parts["generation"].item()
+            continue
         for name, part in parts.items():
             sums[name] += part.item()
         sums["tokens"] += (batch["labels"] != -100).sum().item()
@@ -229,12 +229,9 @@ def evaluate():
         mine = samples[i:i + stride] if fsdp else samples[i:i + stride][rank::world]
         if mine:
             full = (mine + mine[:1] * batch_size)[:batch_size] if static_shapes else mine
-            try:
-                with autocast:
-                    answers = model.generate([x["query"] for x in full], [x["documents"] for x in full],
-                                             num_documents=num_documents)
-            except ValueError as e:  # longer than the generator's positions
-                fail(e)
+            with autocast, fail_on(ValueError):  # longer than the generator's positions
+                answers = model.generate([x["query"] for x in full], [x["documents"] for x in full],
+                                         num_documents=num_documents)
             for name, mean in mean_scores(answers[:len(mine)], mine).items():
                 sums[name] += len(mine) * mean
             sums["samples"] += len(mine)
@@ -244,6 +241,8 @@ def evaluate():
     sums = dict(zip(sums, host_sum(list(sums.values())).tolist()))
     n = len(val_examples)
     result = {"val_loss": sums["generation"] / sums["tokens"] + rerank_lambda * sums["reranking"] / n}
+    if strangers:
+        result["val_loss_shuffled"] = sums["shuffled"] / sums["tokens"]
     if enable_reranking:
         result["val_reranking"] = sums["reranking"] / n
     return result | {name: sums[name] / sums["samples"] for name in ("em", "f1", "match") if sums["samples"]}
@@ -271,8 +270,7 @@ def log(entry, more=""):
         checkpoints.log(entry, step)
     if rank == 0 and wandb_log:
         wandb.log(entry, step=entry.get("step"))
-    print0(", ".join(f"{name} {value:.2e}" if name.endswith("_lr") else f"{name} {value:,}" if isinstance(value, int)
-                     else f"{name} {value:.4f}" for name, value in entry.items()) + more)
+    print0(describe_entry(entry) + more)
 
 
 signals = distributed.Signals()  # SIGTERM and Ctrl-C end the run after the step

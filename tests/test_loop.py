@@ -81,6 +81,11 @@ def test_validation_loss_is_the_mean_over_tokens(hand):
         parts = model(batch)[1]
         generation, tokens, reranking = generation + parts["generation"].item() * n, tokens + n, reranking + parts["reranking"].item()
     said = metrics(here / "out")[-1]
+    # the control: each question with the documents of one that stands two places off, ordered by length
+    rows = sorted(map(examples.__getitem__, range(5)), key=lambda x: len(x["query"] + x["answer"]))
+    shuffled = [{**x, "documents": rows[(i + 2) % 5]["documents"]} for i, x in enumerate(rows)]
+    sums = [model(model.collate([x], 3), num_answer_tokens=1)[1]["generation"].item() for x in shuffled]
+    assert said["val_loss_shuffled"] == pytest.approx(sum(sums) / tokens, rel=1e-4) and sum(sums) != pytest.approx(generation, rel=1e-4)
     assert said["val_loss"] == pytest.approx(generation / tokens + 0.05 * reranking / 5, rel=1e-4)
     assert said["val_reranking"] == pytest.approx(reranking / 5, rel=1e-4)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
 from data import Store, document_text
-from metrics import interval, ndcg, read_qrels
+from metrics import interval, ndcg, paired_test, read_qrels
 from model import ScaleDown, ScaleDownConfig
 from pretrained import decoder_layers
 
@@ -91,6 +91,18 @@ def test_interval_is_the_percentile_bootstrap():
     assert interval(values, 5000) == pytest.approx([*want.confidence_interval], abs=0.01)
     draws = np.random.default_rng(2).normal(size=1000)  # of which the percentiles differ in every digit
     assert interval(draws, 5000) == pytest.approx(1.96 * draws.std() / 1000**0.5 * np.array([-1, 1]) + draws.mean(), abs=0.003)
+
+
+def test_paired_bootstrap_agrees_with_scipy():
+    rng = np.random.default_rng(3)
+    a, noise = rng.normal(size=400), rng.normal(size=400)
+    for shift in (0.0, 0.05, 0.1, 0.3):
+        b = a - shift + 0.5 * noise
+        mean, (low, high), p = paired_test(a, b, 4000)
+        want = scipy.stats.bootstrap((a - b,), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
+        assert mean == pytest.approx((a - b).mean()) and (low, high) == pytest.approx([*want], abs=0.005)
+        assert p == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue, abs=0.02)
+    assert paired_test(a, a)[2] == 1.0
 
 
 def test_the_best_candidates_by_relevance(ranker, asked):

@@ -14,7 +14,7 @@ import torch
 from conftest import EXAMPLES, ROOT, curve, losses, metrics, run, torchrun
 from safetensors.torch import load_file
 
-from configurator import configure
+from configurator import configure, fast_dtype
 from files import file_sha256
 from metrics import normalize
 from model import ScaleDown, ScaleDownConfig
@@ -343,6 +343,14 @@ def test_config_files(tmp_path):
     assert configure(dict(settings), ["--out_dir=~/x"])["out_dir"] == os.path.expanduser("~/x")
 
 
+def test_bfloat16_is_the_default_where_it_is_faster(monkeypatch):
+    for amx, bf16, cpu in ((False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
+        assert [fast_dtype(d) for d in ("cpu", "cuda:1", "gpu", "trainium", "neuron")] == [cpu] + ["bfloat16"] * 4
+        assert fast_dtype("mps") == fast_dtype("xla") == "float32"
+
+
 def test_compiled_training_on_batches_of_other_lengths(job, tmp_path):
     """Inductor's backward pass once took views for ones of another length, at the third batch."""
     args, _, folder = job
@@ -356,15 +364,16 @@ def test_compiled_training_on_batches_of_other_lengths(job, tmp_path):
         assert losses(tmp_path / "compiled")[step] == pytest.approx(loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("script", ["train.py", "prepare.py", "sample.py", "evaluate.py", "bench.py", "experiments.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare.py", "sample.py", "evaluate.py", "compare.py", "bench.py",
+                                    "experiments.py"])
 def test_help_prints_every_setting(script):
     said = run(script, "--seed=7", *["config/toy.py"] * (script == "train.py"), "--help") if script != "bench.py" else run(script, "-h")
     with open(os.path.join(ROOT, script)) as f:
         source = ast.parse(f.read())
     assert said.startswith(ast.get_docstring(source, clean=False))
     names = [n.targets[0].id for n in source.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
-    names = names[:names.index("device") + 1] if "device" in names else names[:names.index("seed") + 1]
-    assert len(names) > 5 and all(f"\n  --{name}=" in said for name in names)
+    names = names[:names.index(next(name for name in ("device", "seed", "resamples") if name in names)) + 1]
+    assert len(names) > 3 and all(f"\n  --{name}=" in said for name in names)
     if script == "train.py":  # as the config and the command leave them, with their comments
         assert "--generator=data/toy/llm" in said and "--seed=7" in said and "# optimisation" in said
         assert re.search(r"--max_iters=0 +steps; 0 = as many as the epochs take\n", said)

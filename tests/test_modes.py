@@ -1,0 +1,109 @@
+"""mode=full and none: the generator's LoRA trained on the text itself, to compare with; and compare.py."""
+
+import json
+
+import pytest
+import torch
+from conftest import EXAMPLES, losses, metrics, run, torchrun
+
+from lora import layers
+from model import ScaleDown, ScaleDownConfig
+
+QUESTIONS = [x["query"] for x in EXAMPLES], [x["documents"] for x in EXAMPLES]
+
+
+def build(generator, mode, **settings):
+    torch.manual_seed(0)
+    model = ScaleDown(ScaleDownConfig(generator=generator, mode=mode, answer_tokens=8, **settings)).eval()
+    with torch.no_grad():
+        for _, m in layers(model.generator):
+            m.lora_B.normal_(std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["full", "none"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_loss_and_answers_are_transformers_own_on_the_text(tiny, name, mode):
+    model = build(tiny(name), mode)
+    t, total, tokens = model.tokenizer, 0, 0
+    for x in EXAMPLES:
+        text, = model.full_prompts([x["query"]], [x["documents"]], mode)
+        prompt, answer = model.prompt.ids(text), model.prompt.answer_ids([x["answer"]], 8)[0]
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        total += model.generator(input_ids=torch.tensor([prompt + answer]), labels=labels).loss * len(answer)
+        tokens += len(answer)
+    loss, _ = model(model.collate(EXAMPLES, num_documents=4))
+    torch.testing.assert_close(loss, total / tokens, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+    assert model.modes == ["fine-tuned", "full", "none"]
+    tuned, plain = model.generate(*QUESTIONS), model.generate(*QUESTIONS, mode=mode)
+    for query, documents, answer in zip(*QUESTIONS, tuned):
+        ids = t(model.full_prompts([query], [documents], mode), return_tensors="pt", add_special_tokens=False).input_ids
+        out = model.generator.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=0)
+        assert answer == t.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
+    assert tuned != plain
+
+
+def test_settings_that_take_a_compressor(tiny):
+    for settings, why in ((dict(mode="half"), "mode is compressed, full or none, not 'half'"),
+                          (dict(mode="full", enable_reranking=True), "take a compressor, which mode=full has not"),
+                          (dict(mode="none", compressor_lora_r=4), "take a compressor, which mode=none has not")):
+        with pytest.raises(ValueError, match=why):
+            ScaleDown(ScaleDownConfig(generator=tiny("llama"), **settings))
+    with pytest.raises(ValueError, match="mode is fine-tuned, full or none, not 'compressed'"):
+        build(tiny("llama"), "full").generate(*QUESTIONS, mode="compressed")
+
+
+def test_a_run_on_the_text_is_resumed_shared_out_and_evaluated(job, tmp_path):
+    args, _, folder = job
+    args = [*args, "--mode=full", "--enable_reranking=False", "--max_iters=10", "--lora_dropout=0.0"]
+    run("train.py", *args, f"--out_dir={tmp_path / 'one'}")
+    torchrun(2, "train.py", *args, f"--out_dir={tmp_path / 'two'}")
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert a == pytest.approx(b, abs=1e-5) and len(a) == 10 and a[10] < a[1]
+    run("train.py", *args, f"--out_dir={tmp_path / 'part'}", "--max_iters=5")
+    said = run("train.py", *args, f"--out_dir={tmp_path / 'part'}", "--init_from=resume", "--max_iters=10")
+    assert "not as in" in said and max(losses(tmp_path / "part")) == 10
+    assert "was trained with mode=full" in run("train.py", *args, f"--out_dir={tmp_path / 'one'}", "--init_from=resume",
+                                               "--mode=none", "--max_iters=11", ok=False)
+    out = run("evaluate.py", f"--out_dir={tmp_path / 'one/best'}", f"--data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=float32")
+    assert json.loads(out.splitlines()[-1]).keys() == {"fine-tuned", "full", "none"}
+    out = run("sample.py", f"--out_dir={tmp_path / 'one/best'}", f"--val_data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=float32")
+    assert "\nfine-tuned" in out
+    for more, why in ((["--store=x"], "makes no memory to store"), (["--keep=2"], "without enable_reranking")):
+        assert why in run("sample.py", f"--out_dir={tmp_path / 'one/best'}", f"--val_data={folder / 'val.jsonl'}", *more, ok=False)
+    assert "mode are for the run that begins with it" in run("train.py", *args, "--task=pretrain", ok=False)
+    said = metrics(tmp_path / "one")[-1]
+    assert said["val_loss"] != said["val_loss_shuffled"]
+
+
+def test_only_the_lora_learns_on_the_text(tiny):
+    model = build(tiny("llama"), "full")
+    assert not [*model.compressor.parameters()] and not model.sep.requires_grad
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_compare_pairs_the_same_questions(tmp_path):
+    def answers(name, ways):
+        (tmp_path / name).mkdir()
+        rows = [dict(_id=f"{'nq' if i < 30 else 'c'}{i}", query=f"q{i}", references=["x"])
+                | {way: dict(answer="", em=0.0, f1=f(i), match=0.0) for way, f in ways.items()} for i in range(50)]
+        (tmp_path / name / "best.x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name / "best.x.jsonl")
+    a = answers("a", dict(compressed=lambda i: i % 2, full=lambda i: 0.5))
+    b = answers("b", dict(compressed=lambda i: min(1, i % 2 + 0.1), full=lambda i: 0.5))
+    out = run("compare.py", f"--answers={a},{b}", "--groups=nq,c")
+    assert "all (50 questions)" in out and "nq.. (30 questions)" in out and "c.. (20 questions)" in out
+    assert out.count("b full") == 0 and out.count("a full") == 3  # the same answers are shown once
+    line, = (x for x in out.split("nq..")[0].splitlines() if x.startswith("b compressed"))
+    assert "f1 0.550" in line and "f1 +0.050 [+0.0" in line and line.endswith("p = 0.0001")
+    line, = (x for x in out.split("nq..")[0].splitlines() if x.startswith("a full"))
+    assert "f1 +0.000" in line and line.endswith("p = 1.0000")
+    (tmp_path / "c.jsonl").write_text(json.dumps(dict(query="another", references=[])) + "\n")
+    for args, why in (([f"--answers={a},{tmp_path / 'c.jsonl'}"], "has answers to other questions than"),
+                      ([f"--answers={a}", "--score=judge"], "score=judge is not in all of"),
+                      ([f"--answers={a}", "--groups=z"], "no question has an _id that begins with z"),
+                      ([], "--answers=FILE"), ([f"--answers={tmp_path / 'none'}"], "No such file")):
+        assert why in run("compare.py", *args, ok=False)
