@@ -366,6 +366,20 @@ def test_decoding_keeps_no_gradient_and_reads_no_token_too_many(tiny, examples, 
         x, mask = model.embed_prompts([examples[0]["query"]], [examples[0]["documents"]])
     assert len(model.decoder.generate(x, mask, 5, [])[0]) == 5
     assert len(drawn) == 5 and len(steps) == 4 and not any(logits.requires_grad for logits in drawn)
+    sizes, cache = [], generate.KVCache
+    monkeypatch.setattr(generate, "KVCache", lambda length: sizes.append(length) or cache(length))
+    model.decoder.generate(x, mask, 100, [])
+    assert sizes == [256] and 128 < x.shape[1] + 100 < 256  # of few different sizes: a step is compiled for each
+    with pytest.raises(ValueError, match=r"prompt and answer \(\d+ tokens\) are longer than the generator's 512"):
+        model.decoder.generate(x, mask, 500, [])
+    assert 500 | x.shape[1] < 512
+
+
+def test_training_keeps_no_cache(tiny, examples):
+    model, seen = build(tiny), []
+    model.generator.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["use_cache"]), with_kwargs=True)
+    model(model.collate(examples))
+    assert seen == [False] and not model.compressor.backbone.config.use_cache
 
 
 def test_generate_leaves_the_model_as_it_was(tiny, examples):
