@@ -775,7 +775,7 @@ if __name__ == "__main__":
     device = torch_device(device)
     dtypes = (dtype or fast_dtype(device)).split(",")
     if set(dtypes) - set(TOLERANCE) or len(dtypes) > 1 and what not in ("time", "train", "decode"):
-        fail(f"dtype is float32 or bfloat16, for time, train and decode also both with a comma, not '{dtype}'")
+        fail(f"dtype is float32 or bfloat16, not '{dtype}'; for time, train and decode also both, with a comma")
     if json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(json) or ".")):
         fail(f"json={json} is a folder, or in none")
     if plot:

@@ -69,8 +69,8 @@ def load_weights(model, folder):
     if saved["prompt"]:
         model.use_prompt(saved["prompt"])
     if saved["prompt"] != model.template_prompt:
-        template = f"the chat template of {model.config.generator}"
-        note(f"{folder} was trained with another prompt than {template} writes now: its own is used"
+        template = f"prompt.py and the chat template of {model.config.generator}"
+        note(f"{folder} was trained with another prompt than {template} write now: its own is used"
              if saved["prompt"] else f"{folder} was made before prompts were kept: its prompt is taken from {template}")
 
 

@@ -4,7 +4,7 @@ Attention over a packed sequence, in which the query stands once before all k of
     positions     0 .. Q-1     Q .. Q+S-1      Q+S .. Q+2S-1            T = Q + k * S in all
     hold          query        doc_1 MEM RR    doc_2 MEM RR    ..
 
-    attend to     query        doc_1 MEM RR    doc_2 MEM RR
+    rows look at  query        doc_1 MEM RR    doc_2 MEM RR
     query         causal
     doc_1 MEM RR  all          causal
     doc_2 MEM RR  all                          causal
@@ -60,7 +60,7 @@ def packed_attention(module, q, k, v, attention_mask, eager, scaling=None, dropo
     B, documents = len(q), len(mask) // len(q)
     causal = torch.ones(Q, Q, dtype=torch.bool, device=q.device).tril()
     itself = torch.eye(Q, dtype=torch.bool, device=q.device)
-    query_mask = mask[::documents, :, -1:, :Q] & causal | itself  # (B, 1, Q, Q)
+    query_mask = mask[::documents, :, -1:, :Q] & causal | itself  # (B, 1, Q, Q); a block's last row sees all of it
     # contiguous: torch.compile's backward pass on a CPU takes views of another length for the ones that it has kept
     y_query = attention(*(t[:, :, :Q].contiguous() for t in (q, k, v)), query_mask)
     blocks = q[:, :, Q:].unflatten(2, (documents, S)).transpose(1, 2).flatten(0, 1)  # (B * k, H, S, c)

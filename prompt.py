@@ -20,7 +20,8 @@ SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
 
 
 def chat_messages(query, documents=None, system_role=True):
-    """The chat of every prompt; documents: their texts as one string, None for a prompt without any."""
+    """The chat of every prompt: documents before query, each once. documents: their texts as one string, None for a
+    prompt without any."""
     system = SYSTEM_NO_DOCUMENTS if documents is None else SYSTEM
     user = f"Question: {query}" if documents is None else f"Background:\n{documents}\n\nQuestion: {query}"
     return with_system(system, user, system_role)

@@ -176,7 +176,7 @@ step_losses = distributed.StepLosses(["loss", "generation", "reranking"][:2 + en
 step = checkpoints.step = state["step"]
 if resuming:
     distributed.load_optimizer_state(model, optimizer, state.pop("optimizer"))
-    if xla:  # the line above makes room by a step with learning rate 0, which is 0 / 0 when capturable
+    if xla:  # the line above makes AdamW's moments by a step with learning rate 0: 0 / 0 in weights, when capturable
         model.load(checkpoints.last)
     step_losses.window = state.pop("window")
     print0(f"resuming {out_dir} at step {step:,}"
@@ -187,7 +187,7 @@ if ddp:
     forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
 if xla:
     xm.broadcast_master_param(model)  # the same start in every process, as DDP does it
-    for p in parameters:  # never None: the first micro-batch of a step runs the graph of all others
+    for p in parameters:  # zeros and never None, so that the first micro-batch of a step has the graph of the others
         p.grad = torch.zeros_like(p)
 print0(f"{len(train_set):,} training and {len(val_set):,} validation examples, {steps:,} steps of {examples_per_step}")
 print0(describe_parameters(model))
@@ -332,12 +332,12 @@ while True:
     for i, batch in enumerate(batches):
         if ddp:
             forward.require_backward_grad_sync = i == len(batches) - 1  # gradients travel once a step
-        with autocast:  # the mean over all answer tokens of the step; gradients are averaged over the processes
+        with autocast:  # a process divides by its share of the step: gradients are then averaged over the processes
             loss, parts = forward(model.to_device(batch), num_answer_tokens / world, examples_per_step / world)
         loss.backward()
         losses.append(torch.stack([loss.detach(), *parts.values()]))
         if xla:
-            xm.mark_step()  # the graph of a micro-batch ends here and runs while the next one is collected
+            xm.mark_step()  # one graph, compiled once, for every micro-batch; it runs while the next is collected
     batches = get_micro_batches(step + 1)
 
     # clip the gradient and update the weights

@@ -1,25 +1,27 @@
-"""A compressor of one's own: a document's token embeddings, the mean of each of l slices, and a linear layer.
+r"""A compressor of one's own: a document's token embeddings, the mean of each of l slices, and a linear layer.
 
-    PYTHONPATH=docs python train.py config/toy.py --compressor_type=mean_pooling.MeanPooling --max_iters=20
+    PYTHONPATH=docs python train.py config/toy.py --compressor_type=mean_pooling.MeanPooling --max_iters=20 \
+        --out_dir=out/mean
 """
 
 import torch.nn.functional as F
 from torch import nn
 
 from compressor import Compressor, left_pad
-from pretrained import load_tokenizer
+from pretrained import load_tokenizer, plain_text
 
 
 class MeanPooling(Compressor):
     def __init__(self, config, generator):
         super().__init__(config, generator)
         self.config, self.tokenizer = config, load_tokenizer(config.generator)
+        self.plain = plain_text(self.tokenizer)  # nothing in a document becomes a control token
         table = generator.get_input_embeddings().weight.detach().float()  # (V, d)
         self.embed = nn.Embedding.from_pretrained(table.clone(), freeze=False)
         self.linear = nn.Linear(table.shape[1], table.shape[1])
 
     def tokenize(self, queries, documents, k, fixed=False):
-        texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
+        texts = [self.plain(d) for docs in documents for d in docs + [""] * (k - len(docs))]
         c = self.config
         ids = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=c.doc_tokens).input_ids
         ids, mask = left_pad(ids, c.doc_tokens if fixed else 1)
@@ -29,5 +31,5 @@ class MeanPooling(Compressor):
         l, n = self.config.num_memory_tokens, doc_mask.sum(-1, keepdim=True).clamp(min=1)
         slices = (doc_mask.cumsum(-1) - 1) * l // n  # which slice of its document a token belongs to, (B, k, D)
         belongs = F.one_hot(slices.clamp(min=0), l) * doc_mask[..., None]  # (B, k, D, l); padding belongs to none
-        mean = belongs / belongs.sum(-2, keepdim=True).clamp(min=1)
+        mean = (belongs / belongs.sum(-2, keepdim=True).clamp(min=1)).to(self.embed.weight.dtype)
         return self.linear(mean.transpose(-1, -2) @ self.embed(ids)), None  # (B, k, l, d)

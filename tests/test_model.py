@@ -375,6 +375,31 @@ def test_decoding_keeps_no_gradient_and_reads_no_token_too_many(tiny, examples, 
     assert 500 | x.shape[1] < 512
 
 
+def test_positions_are_counted_exactly(tiny, examples, monkeypatch):
+    model, counted = build(tiny), []
+    monkeypatch.setattr(generate, "check_length", lambda _, n: counted.append(n))
+    batch = model.collate(examples)
+    _, mask = model.prompt_embeddings(model.compressor(**batch["compressor"])[0], batch)
+    assert counted == [mask.sum(1).max().item()]
+
+
+def test_the_least_sizes_and_the_papers(tiny):
+    sizes = ("num_memory_tokens", "query_tokens", "doc_tokens", "answer_tokens", "lora_r")
+    build(tiny, **dict.fromkeys(sizes, 1))
+    for name in sizes:
+        with pytest.raises(ValueError, match="must be at least 1"):
+            build(tiny, **{name: 0})
+    c = ScaleDownConfig()  # Table 7
+    assert (c.num_layers, c.num_memory_tokens, c.doc_tokens, c.answer_tokens) == (8, 8, 128, 128)
+    assert (c.lora_r, c.lora_alpha, c.lora_dropout, c.projection_hidden, c.rerank_lambda) == (16, 32, 0.1, 8096, 0.05)
+
+
+def test_weights_of_a_checkpoint_have_the_dtype_asked_for(tiny, tmp_path):
+    build(tiny).save(tmp_path / "x")
+    for dtype, want in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        assert {p.dtype for p in ScaleDown.from_pretrained(tmp_path / "x", dtype=dtype).parameters()} == {want}
+
+
 def test_training_keeps_no_cache(tiny, examples):
     model, seen = build(tiny), []
     model.generator.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["use_cache"]), with_kwargs=True)

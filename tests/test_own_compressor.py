@@ -45,7 +45,7 @@ def test_a_compressor_of_ones_own_is_trained_saved_and_asked(own, job, tmp_path)
         torch.testing.assert_close(memory[0, i], c.linear(torch.stack(halves)))
     assert scores is None and (c.linear.weight - fresh.compressor.linear.weight).abs().max() > 1e-4
     assert len(model.generate([x["query"]], [x["documents"]])) == 1
-    out = python("sample.py", f"--out_dir={tmp_path}/one/best", f"--data={folder / 'val.jsonl'}", "--device=cpu")
+    out = python("sample.py", f"--out_dir={tmp_path}/one/best", f"--data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=bfloat16")
     assert json.loads(out.splitlines()[-1]).keys() == {"compressed", "full", "none"}
 
 
