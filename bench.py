@@ -249,6 +249,8 @@ def run_row(out_dir):
     """What a query costs in a run of train.py, with its own sizes, and the exact match that it reached."""
     with fail_on(ValueError, OSError):
         c = ScaleDownConfig(**read_config(f"{out_dir}/best", ScaleDownConfig)[1])
+        if c.mode != "compressed":
+            raise ValueError(f"{out_dir} was trained with mode={c.mode}: it compresses nothing")
         k = torch.load(f"{out_dir}/last/optimizer.pt", weights_only=True, mmap=True)["run"]["num_documents"]
         with open(f"{out_dir}/metrics.jsonl") as f:
             scored = [x for x in map(loads, f) if "em" in x]

@@ -7,11 +7,9 @@ prints the scores of every way of answering and, against the first one, the diff
 the p of a paired bootstrap test.
 """
 
-import json
-from pathlib import Path
-
 from configurator import at_least, configure, fail, fail_on
-from metrics import interval, paired_test
+from formats import records
+from metrics import describe, paired_test
 
 # -----------------------------------------------------------------------------
 answers = ""  # files that evaluate.py has written, with commas
@@ -24,48 +22,44 @@ at_least(globals(), resamples=1)
 
 
 def read_ways(paths):
-    """-> the questions' rows, and {"FOLDER MODE": [what evaluate.py has written about each answer]}. The plain LLM's
-    answers, which files have in common, are taken once. Raises OSError, ValueError."""
+    """-> the questions' rows, and {"FILE MODE": [what evaluate.py has written about each answer]}. The plain LLM's
+    answers are those of every file: where they are the same, they are taken once."""
     questions, ways = None, {}
     for path in paths:
-        with open(path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
-        if not rows or not all(isinstance(row, dict) and "query" in row for row in rows):
-            raise ValueError(f"{path} holds no answers of evaluate.py")
+        rows = [row for _, row in records(path)]
         questions = questions or rows
-        if [row["query"] for row in rows] != [row["query"] for row in questions]:
-            raise ValueError(f"{path} has answers to other questions than {paths[0]}")
-        for mode in rows[0]:
+        if [row.get("query") for row in rows] != [row.get("query") for row in questions]:
+            fail(f"{path} has answers to other questions than {paths[0]}")
+        modes = [name for name, value in (rows[0] if rows else {}).items() if isinstance(value, dict)]
+        scored = [isinstance(row.get(mode), dict) and score in row[mode] for row in rows for mode in modes]
+        if not modes or not all(scored):
+            fail(f"{path} is no file of answers by evaluate.py with a {score} in every line")
+        for mode in modes:
             found = [row[mode] for row in rows]
-            if isinstance(found[0], dict) and found not in ways.values():
-                ways[f"{Path(path).resolve().parent.name} {mode}"] = found
+            if mode not in ("full", "none") or found not in ways.values():
+                ways[f"{path} {mode}"] = found
     return questions, ways
 
 
 def compare(title, ways):
     """ways: {name: [scores of every answer]}"""
-    width = max(map(len, ways))
-    base = next(iter(ways))
-    print(f"{title} ({len(ways[base])} questions)")
+    print(f"{title} ({len(next(iter(ways.values())))} questions)")
+    base = None
     for name, rows in ways.items():
-        line = f"{name:{width}}"
-        for kind in ("em", "f1", "match"):
-            column = [row[kind] for row in rows]
-            low, high = interval(column)
-            line += f"  {kind} {sum(column) / len(column):.3f} [{low:.3f}, {high:.3f}]"
-        if name != base:
-            mean, (low, high), p = paired_test(*([row[score] for row in ways[way]] for way in (name, base)), resamples)
-            line += f"  {score} {mean:+.3f} [{low:+.3f}, {high:+.3f}], p = {p:.4f}"
-        print(line)
+        said = [describe(kind, [row[kind] for row in rows])[2] for kind in ("em", "f1", "match")]
+        values = [row[score] for row in rows]
+        if base:
+            mean, (low, high), p = paired_test(values, base, resamples)
+            said.append(f"{score} {mean:+.3f} [{low:+.3f}, {high:+.3f}], p = {p:.4f}")
+        base = base or values
+        print(f"{name:{max(map(len, ways))}}  {'  '.join(said)}")
 
 
 paths = [path for path in answers.split(",") if path]
 if not paths:
     fail("--answers=FILE,FILE: what evaluate.py has written")
-with fail_on(OSError, ValueError):
+with fail_on(OSError):
     questions, ways = read_ways(paths)
-if not all(score in row for rows in ways.values() for row in rows):
-    fail(f"score={score} is not in all of {answers}")
 compare("all", ways)
 for group in filter(None, groups.split(",")):
     chosen = [i for i, row in enumerate(questions) if str(row.get("_id", "")).startswith(group)]

@@ -159,10 +159,9 @@ class BackboneCompressor(Compressor):
 
         causal = torch.ones(D + n, D + n, dtype=torch.bool, device=x.device).tril()
         itself = torch.eye(D + n, dtype=torch.bool, device=x.device)  # padding, too: a softmax over nothing is NaN
-        # no mask over the whole sequence: every block is a row of its own that looks at [query | itself], see packed.py
         block = real[:, :, None] & causal | itself  # (B, k, S, S), rows look at columns
         query = query_mask[:, None, None].expand(B, k, D + n, Q)
-        mask = torch.cat([query, block], dim=3).flatten(0, 1)[:, None]  # (B * k, 1, S, Q + S)
+        mask = torch.cat([query, block], dim=3).flatten(0, 1)[:, None]  # (B * k, 1, S, Q + S), see packed.py
         h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state
         return h[:, Q:].unflatten(1, (k, D + n))[:, :, D:]
 

@@ -30,7 +30,7 @@ from configurator import at_least, configure, fail, fail_on
 from data import Documents, Examples, Store, document_text
 from files import file_sha256, replacing
 from lora import merge_and_unload
-from metrics import interval, ndcg, read_qrels, references, score, trec_order
+from metrics import describe, ndcg, read_qrels, references, score, trec_order
 from modes import Modes
 from pretrained import load_model, load_tokenizer, plain_text
 from prompt import render, with_system
@@ -221,10 +221,9 @@ def evaluate(examples):
             write_answers(rows)
         scores[mode], shown = {}, []
         for name in ("em", "f1", "match") + ("judge",) * bool(judge):
-            column = [row[mode][name] for row in rows]
-            mean, (low, high) = sum(column) / len(column), interval(column)
+            mean, (low, high), words = describe(name, [row[mode][name] for row in rows])
             scores[mode] |= {name: round(mean, 4), f"{name}_interval": [round(low, 4), round(high, 4)]}
-            shown.append(f"{dict(em='exact match', f1='F1').get(name, name)} {mean:.3f} [{low:.3f}, {high:.3f}]")
+            shown.append(words)
         print(f"{mode:10}  {'  '.join(shown)}  ({len(rows)} questions)")
     if ndcg10 := ranking_scores(examples):
         scores["ndcg@10"] = ndcg10
@@ -239,7 +238,7 @@ with fail_on(ValueError, OSError):
     modes = Modes(out_dir, device, dtype, keep, store, generator, compressor_model)
     if judge:
         judge_tokenizer = load_tokenizer(judge)
-        judge_model = load_model(AutoModelForCausalLM, judge, dtype=modes.model.sep.dtype).to(modes.model.device).eval()
+        judge_model = load_model(AutoModelForCausalLM, judge, dtype=modes.dtype).to(modes.model.device).eval()
     if store and not compress:
         modes.open_store(store)
 if compile:

@@ -55,6 +55,12 @@ def interval(values, resamples=1000):
     return np.percentile(bootstrap_means(values, resamples), [2.5, 97.5]).tolist()
 
 
+def describe(name, values):
+    """A score's mean and 95% interval: as numbers, and in words."""
+    mean, (low, high) = sum(values) / len(values), interval(values)
+    return mean, (low, high), f"{dict(em='exact match', f1='F1').get(name, name)} {mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def paired_test(a, b, resamples=10_000):
     """Scores of the same questions in two ways -> the mean of a - b, its 95% interval, and p of the two-sided paired
     bootstrap test (Efron and Tibshirani, 1993, section 16.4): how often the mean of resampled differences, shifted to a

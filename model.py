@@ -78,8 +78,8 @@ class ScaleDown(nn.Module):
                 raise ValueError(f"{c.generator}: {e}") from e
             self.template_prompt = None
         self.use_prompt(kept_prompt or self.template_prompt)
-        made = compressor_class(c.compressor_type) if c.mode == "compressed" else lambda *_: nn.Module()
-        self.compressor = made(c, self.generator)
+        self.compressor = (compressor_class(c.compressor_type)(c, self.generator) if c.mode == "compressed" else
+                           nn.Module())  # nothing to train or to save
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, embed.embedding_dim),  # between two documents
                                 requires_grad=c.mode == "compressed")
         self.decoder = generate.Decoder(self.generator)
@@ -193,7 +193,9 @@ class ScaleDown(nn.Module):
     @torch.no_grad()
     def compress(self, queries, documents):
         """B queries, B lists of documents -> memory (B, k, l, d), scores (B, k) or None. k: the longest list's length;
-        what stands for a missing document means nothing."""
+        what stands for a missing document means nothing. Raises ValueError where config.mode is not compressed."""
+        if self.config.mode != "compressed":
+            raise ValueError(f"a model trained with mode={self.config.mode} makes no memory")
         texts = [[document_text(d) for d in docs] for docs in documents]
         batch = self.compressor.tokenize([q.strip() for q in queries], texts, max(map(len, texts)))
         with generate.eval_mode(self):
@@ -222,7 +224,7 @@ class ScaleDown(nn.Module):
                 memory, _ = self.compressor(**batch["compressor"])
             return self.prompt_embeddings(memory, batch)
         check_questions(queries, documents if mode == "full" else None)
-        ids, mask = left_pad(self.prompt.ids(self.full_prompts(queries, documents, mode)))
+        ids, mask = left_pad(self.prompt.ids(self.full_prompts(queries, [d[:num_documents] for d in documents], mode)))
         return self.generator.get_input_embeddings()(ids.to(self.device)), mask.to(self.device)
 
     def generate(self, queries, documents, max_new_tokens=None, temperature=0.0, top_k=0, mode=None,

@@ -25,7 +25,8 @@ class Modes:
         if dtype not in ("float32", "bfloat16"):
             fail(f"dtype is float32 or bfloat16, not '{dtype}'")
         moved = dict(generator=generator, compressor_model=compressor_model)
-        self.model = ScaleDown.from_pretrained(out_dir, device, getattr(torch, dtype),
+        self.dtype = getattr(torch, dtype)
+        self.model = ScaleDown.from_pretrained(out_dir, device, self.dtype,
                                                **{name: value for name, value in moved.items() if value})
         config = self.model.config
         if store and config.mode != "compressed":

@@ -64,6 +64,8 @@ with fail_on(ValueError, OSError):
     if store:
         modes.open_store(store)
     model = modes.model
+    if show_memory and model.config.mode != "compressed":
+        fail(f"{out_dir} was trained with mode={model.config.mode}: it has no memory to show")
     if compile:
         model.decoder.compile()
     read = {mode: modes.reads([x], mode) for mode in modes.names}
@@ -83,7 +85,7 @@ if "answer" in x:
     print(f"{'teacher':10}  {'':36}   {x['answer']}")
 if "answers" in x:
     print(f"{'gold':10}  {'':36}   {' / '.join(x['answers'])}")
-if show_memory and memory is not None:
+if show_memory:
     print("\nnearest tokens of each memory embedding:")
     for i, document in enumerate(nearest_tokens(model.generator, model.tokenizer, memory)[0]):
         for j, tokens in enumerate(document):

@@ -44,6 +44,11 @@ def test_loss_and_answers_are_transformers_own_on_the_text(tiny, name, mode):
         out = model.generator.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=0)
         assert answer == t.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
     assert tuned != plain
+    cut = [docs[:1] for docs in QUESTIONS[1]]
+    assert model.generate(*QUESTIONS, num_documents=1) == model.generate(QUESTIONS[0], cut)
+    assert (model.generate(QUESTIONS[0], cut) != tuned) == (mode == "full")
+    with pytest.raises(ValueError, match=f"trained with mode={mode} makes no memory"):
+        model.compress(*QUESTIONS)
 
 
 def test_settings_that_take_a_compressor(tiny):
@@ -72,7 +77,8 @@ def test_a_run_on_the_text_is_resumed_shared_out_and_evaluated(job, tmp_path):
     assert json.loads(out.splitlines()[-1]).keys() == {"fine-tuned", "full", "none"}
     out = run("sample.py", f"--out_dir={tmp_path / 'one/best'}", f"--val_data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=float32")
     assert "\nfine-tuned" in out
-    for more, why in ((["--store=x"], "makes no memory to store"), (["--keep=2"], "without enable_reranking")):
+    assert "it compresses nothing" in run("bench.py", f"--runs={tmp_path / 'one'}", ok=False)
+    for more, why in ((["--store=x"], "makes no memory to store"), (["--show_memory=True"], "it has no memory to show"), (["--keep=2"], "without enable_reranking")):
         assert why in run("sample.py", f"--out_dir={tmp_path / 'one/best'}", f"--val_data={folder / 'val.jsonl'}", *more, ok=False)
     assert "mode are for the run that begins with it" in run("train.py", *args, "--task=pretrain", ok=False)
     said = metrics(tmp_path / "one")[-1]
@@ -96,14 +102,20 @@ def test_compare_pairs_the_same_questions(tmp_path):
     b = answers("b", dict(compressed=lambda i: min(1, i % 2 + 0.1), full=lambda i: 0.5))
     out = run("compare.py", f"--answers={a},{b}", "--groups=nq,c")
     assert "all (50 questions)" in out and "nq.. (30 questions)" in out and "c.. (20 questions)" in out
-    assert out.count("b full") == 0 and out.count("a full") == 3  # the same answers are shown once
-    line, = (x for x in out.split("nq..")[0].splitlines() if x.startswith("b compressed"))
-    assert "f1 0.550" in line and "f1 +0.050 [+0.0" in line and line.endswith("p = 0.0001")
-    line, = (x for x in out.split("nq..")[0].splitlines() if x.startswith("a full"))
+    assert out.count(f"{b} full") == 0 and out.count(f"{a} full") == 3  # the plain LLM's answers are shown once
+    line, = (x for x in out.split("nq..")[0].splitlines() if x.startswith(f"{b} compressed"))
+    assert "F1 0.550" in line and "f1 +0.050 [+0.0" in line and line.endswith("p = 0.0001")
+    line, = (x for x in out.split("nq..")[0].splitlines() if x.startswith(f"{a} full"))
     assert "f1 +0.000" in line and line.endswith("p = 1.0000")
+    same = answers("same", dict(compressed=lambda i: i % 2))
+    assert run("compare.py", f"--answers={a},{same}").count(f"{same} compressed") == 1  # another checkpoint's are shown
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text("{}\n{\n")
     (tmp_path / "c.jsonl").write_text(json.dumps(dict(query="another", references=[])) + "\n")
     for args, why in (([f"--answers={a},{tmp_path / 'c.jsonl'}"], "has answers to other questions than"),
-                      ([f"--answers={a}", "--score=judge"], "score=judge is not in all of"),
+                      ([f"--answers={a}", "--score=judge"], "is no file of answers by evaluate.py with a judge in every line"),
+                      ([f"--answers={tmp_path / 'empty.jsonl'}"], "is no file of answers"),
+                      ([f"--answers={tmp_path / 'broken.jsonl'}"], "broken.jsonl, line 2: broken JSON"),
                       ([f"--answers={a}", "--groups=z"], "no question has an _id that begins with z"),
                       ([], "--answers=FILE"), ([f"--answers={tmp_path / 'none'}"], "No such file")):
         assert why in run("compare.py", *args, ok=False)
