@@ -55,9 +55,12 @@ def load_weights(model, folder):
         # a compressor has one where its backbone is frozen; of older checkpoints only the sizes can be compared
         if then and now and any(then[key] != now[key] for key in then.keys() & now.keys()):
             raise ValueError(f"the checkpoint {folder} was trained with another {part}: its is {then}, this is {now}")
-    if settings["lora_alpha"] != model.config.lora_alpha:
-        raise ValueError(f"the checkpoint {folder} was trained with lora_alpha={settings['lora_alpha']}, this is "
-                         f"{model.config.lora_alpha}")
+    c = model.config
+    for name in ["lora_alpha", "compressor_layout", "prompt_style", "sep_after_last"] + ["compressor_norm"] * (
+            c.compressor_type == "n_layers"):
+        if settings[name] != getattr(c, name):
+            raise ValueError(f"the checkpoint {folder} was trained with {name}={settings[name]}, this is "
+                             f"{getattr(c, name)}")
     own = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("generator.")}
     if not settings["enable_reranking"]:
         own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}

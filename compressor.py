@@ -27,19 +27,10 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
 
 import pretrained
+from layout import Layout, PairLayout, TextLayout, left_pad
 from packed import only_memory
-
-
-def left_pad(rows, width=1):
-    """Lists of token ids -> ids and mask (True = real), both (len(rows), longest), padded on the left with id 0
-    (any id would do: padding is masked out). width: the least length."""
-    width = max(width, max(len(row) for row in rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(width) >= width - lengths[:, None]
 
 
 class Compressor(nn.Module):
@@ -68,12 +59,13 @@ class BackboneCompressor(Compressor):
     Raises ValueError when query, document and memory tokens do not fit into the backbone's longest sequence, and for a
     backbone that cannot do what is asked of it (see probe_compressor())."""
 
+    layouts = dict(scaledown=Layout, oscar=PairLayout)  # what it reads, by compressor_layout (layout.py)
+
     def __init__(self, config, generator, name, backbone):
         super().__init__(config, generator)
         self.config = c = config
         backbone.config.use_cache = False
         self.tokenizer, self.backbone = pretrained.load_tokenizer(name), backbone
-        self.plain = pretrained.plain_text(self.tokenizer)
         embed = backbone.get_input_embeddings()
         std, width = pretrained.embedding_std(embed), embed.embedding_dim
         self.memory_tokens = nn.Parameter(std * torch.randn(c.num_memory_tokens, width))
@@ -81,16 +73,8 @@ class BackboneCompressor(Compressor):
             self.rr_token = nn.Parameter(std * torch.randn(1, width))
             self.score_head = nn.Linear(backbone.config.hidden_size, 1)
         self.projection = nn.Identity()
-        # [CLS] query [SEP] document [SEP] for an encoder, BOS query \n document for a decoder
-        t = self.tokenizer
-        start = t.cls_token_id if t.cls_token_id is not None else t.bos_token_id
-        self.start = [] if start is None else [start]
-        self.end = [] if t.sep_token_id is None else [t.sep_token_id]
-        # some tokenisers (SentencePiece) put a space at the start of every text: not of a newline within one
-        self.between = self.end or t("x\n", add_special_tokens=False).input_ids[len(self.tokens(["x"], 9)[0]):]
-        self.longest_query = max(1, len(self.start) + (len(self.between) + c.query_tokens) * c.query_dependent)
-        self.longest_document = c.doc_tokens + len(self.end)
-        self.longest = self.longest_query + self.longest_document + c.num_memory_tokens + c.enable_reranking
+        self.layout = self.layouts[c.compressor_layout](self.tokenizer, c)
+        self.longest = self.layout.longest + c.num_memory_tokens + c.enable_reranking
         self.first_position = pretrained.first_position(backbone)
         limit = (getattr(backbone.config, "max_position_embeddings", None) or self.longest) - self.first_position
         if self.longest > limit:
@@ -107,26 +91,16 @@ class BackboneCompressor(Compressor):
         if self.memory_tokens.device.type != "meta":
             pretrained.probe_compressor(self, name)
 
-    def tokens(self, texts, max_tokens):
-        """The first max_tokens token ids of each text, no special tokens."""
-        return self.tokenizer([self.plain(text) for text in texts], add_special_tokens=False, truncation=True,
-                              max_length=max_tokens).input_ids
-
     def tokenize(self, queries, documents, k, fixed=False):
-        """See Compressor. Without query_dependent the query is left out (PISCO, arXiv 2501.16075)."""
-        if self.config.query_dependent:
-            queries = [self.start + q + self.between for q in self.tokens(queries, self.config.query_tokens)]
-        else:
-            queries = [self.start] * len(queries)
-        texts = [d for docs in documents for d in docs + [""] * (k - len(docs))]
-        docs = [d + self.end for d in self.tokens(texts, self.config.doc_tokens)]
+        """See Compressor."""
         B = len(queries)
+        queries, docs = self.layout.rows(queries, [texts + [""] * (k - len(texts)) for texts in documents])
         if not self.packed:
             rows = [queries[i // k] + d for i, d in enumerate(docs)]
-            ids, mask = left_pad(rows, self.longest_query + self.longest_document if fixed else 1)
+            ids, mask = left_pad(rows, self.layout.longest if fixed else 1)
             return dict(ids=ids.view(B, k, -1), mask=mask.view(B, k, -1))  # (B, k, T)
-        query_ids, query_mask = left_pad(queries, self.longest_query if fixed else 1)
-        doc_ids, doc_mask = left_pad(docs, self.longest_document if fixed else 1)
+        query_ids, query_mask = left_pad(queries, self.layout.longest_query if fixed else 1)
+        doc_ids, doc_mask = left_pad(docs, self.layout.longest_document if fixed else 1)
         return dict(query_ids=query_ids, query_mask=query_mask,  # (B, Q)
                     doc_ids=doc_ids.view(B, k, -1), doc_mask=doc_mask.view(B, k, -1))  # (B, k, D)
 
@@ -180,6 +154,8 @@ class NLayersCompressor(BackboneCompressor):
     with its final norm (the authors' released class drops it, and nothing scales: memory is then three times as large
     for SmolLM2). Raises what pretrained.first_layers() raises."""
 
+    layouts = dict(scaledown=Layout, oscar=TextLayout)
+
     def __init__(self, config, generator):
         backbone = pretrained.first_layers(config.generator, config.num_layers, config.compressor_norm)
         super().__init__(config, generator, config.generator, backbone)
@@ -199,18 +175,12 @@ class ModernBERTCompressor(BackboneCompressor):
 
     def __init__(self, config, generator):
         name, embed = config.compressor_model, generator.get_input_embeddings()
-        shape = pretrained.load_config(name)
-        if shape.is_encoder_decoder:
-            raise ValueError(f"{name} is an encoder-decoder ({shape.model_type}): a compressor is one or the other")
-        backbone = pretrained.load_model(AutoModel, name, shape, dtype=torch.float32)
-        if hasattr(backbone, "pooler"):  # BERT's, for [CLS]: it would never get a gradient here
-            backbone.pooler = None
-        super().__init__(config, generator, name, backbone)
+        super().__init__(config, generator, name, pretrained.load_backbone(name))
         if self.tokenizer.mask_token_id is not None:  # where an encoder has learned to put what a text leaves open
-            mask = backbone.get_input_embeddings()(torch.tensor(self.tokenizer.mask_token_id))
+            mask = self.backbone.get_input_embeddings()(torch.tensor(self.tokenizer.mask_token_id))
             with torch.no_grad():
                 self.memory_tokens.mul_(0.3).add_(mask)  # equal ones take long to part
-        hidden, d = backbone.config.hidden_size, embed.embedding_dim
+        hidden, d = self.backbone.config.hidden_size, embed.embedding_dim
         up, down = nn.Linear(hidden, config.projection_hidden), nn.Linear(config.projection_hidden, d)
         self.projection, self.generator_std = nn.Sequential(up, nn.ReLU(), down), pretrained.embedding_std(embed)
         self.scale = nn.Parameter(torch.ones(1))

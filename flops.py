@@ -55,6 +55,9 @@ class StepFlops:
         self.lora = sum(p.numel() for p in generator.parameters() if p.requires_grad)
         self.compressor = matrix_weights(backbone)
         self.projection = matrix_weights(compressor) - self.compressor  # reads memory tokens only
+        self.shared = getattr(compressor, "shares_generator", False)  # PISCO's reads with the generator's layers
+        if self.shared:
+            self.compressor = self.frozen
         self.last = 0  # what only MEM and RR meet: in a packed last layer all after queries, keys and values
         if getattr(compressor, "packed", False):
             layer = decoder_layers(backbone)[-1]
@@ -67,7 +70,7 @@ class StepFlops:
     def count(self, batch):
         """A batch of collate() -> answer tokens, all tokens and FLOPs of a training step on it, padding left out."""
         c, present = self.model.config, batch["present"]
-        each = 4 if c.compressor_lora_r else 6
+        each = 4 if c.compressor_lora_r or self.shared else 6
         answer, documents = (batch["labels"] != -100).sum().item(), present.sum().item()
         l, learned = c.num_memory_tokens, c.num_memory_tokens + c.enable_reranking
         if "compressor" not in batch:  # mode full or none
@@ -77,7 +80,7 @@ class StepFlops:
         compressor = sum((t & present[..., None] if t.dim() == 3 else t).sum().item() for t in masks)
         compressor += documents * learned
         B, before = len(present), len(self.model.before_ids)
-        generator = B * (before - 1) + documents * (l + 1) + batch["tail_mask"].sum().item()
+        generator = B * (before + c.sep_after_last - 1) + documents * (l + 1) + batch["tail_mask"].sum().item()
         flops = (each * compressor * self.compressor + 6 * documents * l * self.projection
                  + each * documents * learned * self.last
                  + generator * (4 * self.frozen + 6 * self.lora) + 4 * answer * self.head)

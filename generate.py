@@ -85,10 +85,11 @@ def check_length(model, length):
 
 
 class Decoder:
-    """Decodes with a causal LM, greedily or by sampling."""
+    """Decodes with a causal LM, greedily or by sampling. num_tokens: how many tokens its tokeniser has; some heads
+    (Qwen2's) have more rows, of which no token is to come."""
 
-    def __init__(self, model):
-        self.model, self.static_caches = model, None
+    def __init__(self, model, num_tokens):
+        self.model, self.num_tokens, self.static_caches = model, num_tokens, None
         # transformers renamed past_key_values to cache in 5.24
         self.cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
@@ -102,7 +103,7 @@ class Decoder:
         mask = attention_masks(self.model.config, sees, here, positions, x.dtype)
         out = self.model(inputs_embeds=x, attention_mask=mask, position_ids=here, use_cache=True, logits_to_keep=1,
                          **{self.cache_name: cache})
-        return out.logits[:, -1].float()
+        return out.logits[:, -1, :self.num_tokens].float()
 
     def decode_one_token(self, token, slot, real, positions, cache):
         """Logits (B, V) after a token (B,) at a slot (1,) of the cache: all that is done once a token, and what
@@ -176,17 +177,18 @@ def sample(logits, temperature, top_k):
     return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1).squeeze(1)
 
 
-def probe(model, x):
+def probe(decoder, x):
     """Reads embeddings x (L, d) as in training and as in generation. Raises ValueError in one line for a model that
     cannot be read so: before any work, not in its midst."""
-    name = model.name_or_path
+    name = decoder.model.name_or_path
     try:
         with torch.no_grad():
-            whole = last_logits(model, x[None], torch.ones(1, len(x), dtype=torch.bool), 1)[:, -1].float()
+            whole = last_logits(decoder.model, x[None], torch.ones(1, len(x), dtype=torch.bool), 1)[:, -1].float()
             every = torch.arange(len(x))
-            stepped = Decoder(model).step(x[None], every, every[None] >= 0, every[None], KVCache(len(x)))
+            stepped = decoder.step(x[None], every, every[None] >= 0, every[None], KVCache(len(x)))
     except Exception as e:  # each architecture fails in its own way
         raise ValueError(f"{name} cannot be the generator: {first_line(e)}") from e
+    whole = whole[:, :decoder.num_tokens]
     if not torch.allclose(whole, stepped, rtol=0, atol=0.1 * whole.abs().max().item()):
         raise ValueError(f"{name} cannot be the generator: it gives other logits with a key-value cache than without")
 

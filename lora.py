@@ -38,15 +38,17 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / r
         self.enabled = True
         self.merged = False
+        self.other = None  # A and B of another adapter, see other_adapter()
 
     def forward(self, x):
         y = self.base(x)
         if self.merged or not self.enabled:
             return y
-        h = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        A, B = self.other or (self.lora_A, self.lora_B)
+        h = self.scaling * F.linear(self.dropout(x), A.to(x.dtype))  # (..., r)
         # one kernel multiplies by B and adds: B A x never exists as a tensor of its own. (It could scale as well, but
         # on XLA an addmm that scales runs on the CPU.)
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.lora_B.to(h.dtype).T).view_as(y)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.to(h.dtype).T).view_as(y)
 
     @property
     def weight(self):
@@ -103,11 +105,15 @@ def merge_and_unload(model):
         setattr(model.get_submodule(parent), leaf, m.base)
 
 
+def must_not_be_merged(model):
+    if any(m.merged for _, m in layers(model)):
+        raise RuntimeError("the adapter is merged into the weights: unmerge() it before it is switched off or replaced")
+
+
 @contextmanager
 def adapter_off(model):
     """Within it `model` is the frozen base model. Raises RuntimeError when the adapter is merged."""
-    if any(m.merged for _, m in layers(model)):
-        raise RuntimeError("the adapter is merged into the weights: unmerge() it before switching it off")
+    must_not_be_merged(model)
     for _, m in layers(model):
         m.enabled = False
     try:
@@ -115,6 +121,20 @@ def adapter_off(model):
     finally:
         for _, m in layers(model):
             m.enabled = True
+
+
+@contextmanager
+def other_adapter(model, pairs):
+    """Within it `model` has another adapter of the same rank, alpha and dropout: pairs, A (r, in) and B (out, r) for
+    each of layers(model). Raises RuntimeError when its own is merged."""
+    must_not_be_merged(model)
+    for (_, m), pair in zip(layers(model), pairs):
+        m.other = pair
+    try:
+        yield
+    finally:
+        for _, m in layers(model):
+            m.other = None
 
 
 def save_lora(model, folder, base_model, tensors=None):
@@ -142,8 +162,7 @@ def load_lora(model, folder):
 
     Raises ValueError, and changes nothing, when the file's layers, rank or shapes are not the model's, or when it is a
     variant of LoRA that LoRALinear is not; RuntimeError when an adapter is merged."""
-    if any(m.merged for _, m in layers(model)):
-        raise RuntimeError("an adapter is merged into the weights: unmerge() it before loading another")
+    must_not_be_merged(model)
     with open(os.path.join(folder, "adapter_config.json")) as f:
         config = json.load(f)
     check_plain_lora(config, folder)

@@ -47,6 +47,9 @@ class ScaleDownConfig:
     lora_alpha: int = 32
     lora_dropout: float = 0.1
     compressor_norm: bool = True  # n_layers: the final norm after the first N layers (the authors' class drops it)
+    compressor_layout: str = "scaledown"  # how query and document stand before the memory tokens; or oscar (layout.py)
+    prompt_style: str = "scaledown"  # wording of the generator's prompt; or oscar, the authors' (prompt.py)
+    sep_after_last: bool = False  # a SEP after the last document, too, as the authors have it
     compressor_lora_r: int = 0  # LoRA on the compressor's backbone, too; 0: all of it is trained, as in the paper
 
 
@@ -62,6 +65,8 @@ class ScaleDown(nn.Module):
             raise ValueError("num_memory_tokens, query_tokens, doc_tokens, answer_tokens and lora_r must be at least 1")
         if c.mode not in ("compressed", "full", "none"):
             raise ValueError(f"mode is compressed, full or none, not '{c.mode}'")
+        if wrong := {c.compressor_layout, c.prompt_style} - {"scaledown", "oscar"}:
+            raise ValueError(f"compressor_layout and prompt_style are scaledown or oscar, not '{wrong.pop()}'")
         if c.mode != "compressed" and (c.enable_reranking or c.compressor_lora_r):
             raise ValueError(f"enable_reranking and compressor_lora_r take a compressor, which mode={c.mode} has not")
         if c.enable_reranking and not c.query_dependent:
@@ -72,7 +77,8 @@ class ScaleDown(nn.Module):
         apply_lora(self.generator, c.lora_r, c.lora_alpha, c.lora_dropout)
         self.tokenizer = load_tokenizer(c.generator)
         try:
-            self.template_prompt = render_prompts(self.tokenizer, self.generator.generation_config.eos_token_id)
+            self.template_prompt = render_prompts(self.tokenizer, self.generator.generation_config.eos_token_id,
+                                                  c.prompt_style)
         except ValueError as e:
             if not kept_prompt:
                 raise ValueError(f"{c.generator}: {e}") from e
@@ -82,12 +88,12 @@ class ScaleDown(nn.Module):
                            nn.Module())  # nothing to train or to save
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, embed.embedding_dim),  # between two documents
                                 requires_grad=c.mode == "compressed")
-        self.decoder = generate.Decoder(self.generator)
+        self.decoder = generate.Decoder(self.generator, len(self.tokenizer))
         if c.compressor_lora_r:  # its backbone is frozen, too, and so not in a checkpoint
             self.identities["compressor"] = fingerprint(self.compressor.backbone)
             apply_lora(self.compressor.backbone, c.compressor_lora_r, c.lora_alpha, c.lora_dropout)
         if self.device.type != "meta":
-            generate.probe(self.generator, embed(self.before_ids))
+            generate.probe(self.decoder, embed(self.before_ids))
 
     # ---- prompt
 
@@ -138,7 +144,7 @@ class ScaleDown(nn.Module):
         batch["tail_ids"], batch["tail_mask"] = left_pad(tails, longest if fixed else 1)  # (B, T)
         length = batch["tail_mask"].sum(1)
         if c.mode == "compressed":
-            length += len(self.before_ids) + present.sum(1) * (c.num_memory_tokens + 1) - 1
+            length += len(self.before_ids) + present.sum(1) * (c.num_memory_tokens + 1) + c.sep_after_last - 1
         generate.check_length(self.generator, length.max().item())
         if c.enable_reranking and "reranking_scores" in examples[0]:
             batch["scores"] = torch.tensor([(x["reranking_scores"][:k] + [0.0] * k)[:k] for x in examples])  # (B, k)
@@ -156,9 +162,11 @@ class ScaleDown(nn.Module):
         (B, k, l, d), present = memory.shape, batch["present"]
         embed = self.generator.get_input_embeddings()
         before, tail = embed(self.before_ids), embed(batch["tail_ids"])
-        documents = torch.cat([memory, self.sep.expand(B, k, 1, d)], dim=2).flatten(1, 2)[:, :-1].to(tail.dtype)
-        next_present = F.pad(present[:, 1:], (0, 1))  # a SEP stands only before a document that is there
-        real = torch.cat([present[:, :, None].expand(B, k, l), next_present[:, :, None]], dim=2).flatten(1)[:, :-1]
+        n = k * (l + 1) + self.config.sep_after_last - 1
+        documents = torch.cat([memory, self.sep.expand(B, k, 1, d)], dim=2).flatten(1, 2)[:, :n].to(tail.dtype)
+        # a SEP stands only before a document that is there
+        sep_present = present if self.config.sep_after_last else F.pad(present[:, 1:], (0, 1))
+        real = torch.cat([present[:, :, None].expand(B, k, l), sep_present[:, :, None]], dim=2).flatten(1)[:, :n]
         mask = torch.cat([real.new_ones(B, len(before)), real, batch["tail_mask"]], dim=1)
         return torch.cat([before.expand(B, -1, -1), documents, tail], dim=1), mask
 

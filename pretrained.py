@@ -150,6 +150,17 @@ def first_layers(name, n, norm=True):
     return model
 
 
+def load_backbone(name):
+    """An encoder or a decoder without head, in float32. Raises ValueError for what is both."""
+    config = load_config(name)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder ({config.model_type}): a compressor is one or the other")
+    model = load_model(AutoModel, name, config, dtype=torch.float32)
+    if hasattr(model, "pooler"):  # BERT's, for [CLS]: it would never get a gradient here
+        model.pooler = None
+    return model
+
+
 def fingerprint(model):
     """Fingerprint of a frozen model, independent of its folder's path, its dtype and its parameters' names: a digest of
     the checksums of all its weights in bfloat16 (4 GB/s on one core)."""

@@ -17,21 +17,26 @@ from pretrained import plain_text
 
 SYSTEM = "Extract the facts that matter from the background and answer as briefly as possible."
 SYSTEM_NO_DOCUMENTS = "Answer the question as briefly as possible."
+# what the authors' released models were trained with, which write "Question:" without a space after it, too
+SYSTEM_OSCAR = ("You are a helpful assistant. Your task is to extract relevant information from provided documents and "
+                "to answer to questions as briefly as possible.")
 
 
-def chat_messages(query, documents=None, system_role=True):
+def chat_messages(query, documents=None, system_role=True, style="scaledown"):
     """The chat of every prompt: documents before query, each once. documents: their texts as one string, None for a
-    prompt without any."""
-    system = SYSTEM_NO_DOCUMENTS if documents is None else SYSTEM
-    user = f"Question: {query}" if documents is None else f"Background:\n{documents}\n\nQuestion: {query}"
-    return with_system(system, user, system_role)
+    prompt without any. style: scaledown, or oscar, the authors' own."""
+    question = f"Question: {query}" if style == "scaledown" else f"Question:{query}"
+    if documents is None:
+        return with_system(SYSTEM_NO_DOCUMENTS, question, system_role)
+    system, gap = (SYSTEM, "\n\n") if style == "scaledown" else (SYSTEM_OSCAR, "\n")
+    return with_system(system, f"Background:\n{documents}\n\n{question}", system_role, gap)
 
 
-def with_system(system, user, system_role=True):
+def with_system(system, user, system_role=True, gap="\n\n"):
     """The messages of one turn; without a system role the system line comes first in the user's turn."""
     if system_role:
         return [dict(role="system", content=system), dict(role="user", content=user)]
-    return [dict(role="user", content=f"{system}\n\n{user}")]
+    return [dict(role="user", content=f"{system}{gap}{user}")]
 
 
 def render(tokenizer, messages, answer):
@@ -66,15 +71,19 @@ def render(tokenizer, messages, answer):
 
 class Prompt:
     """The parts of a prompt (see above), and the texts and token ids that are made with them. kept: the parts() of a
-    prompt that was rendered before, to be used as it was. Raises what render() raises."""
+    prompt that was rendered before, to be used as it was. style: see chat_messages(). Raises what render() raises."""
 
-    def __init__(self, tokenizer, with_documents=True, kept=None):
+    after_special = False  # the question is tokenised as it stands after a special token (the authors' SEP), see ids()
+
+    def __init__(self, tokenizer, with_documents=True, kept=None, style="scaledown"):
         self.tokenizer, self.plain = tokenizer, plain_text(tokenizer)
         if kept:
             vars(self).update(kept)
             return
         D, Q, A = "[[documents]]", "[[query]]", "[[answer]]"
-        messages = partial(chat_messages, Q, D if with_documents else None)
+        messages = partial(chat_messages, Q, D if with_documents else None, style=style)
+        if style == "oscar":
+            self.after_special = True
         text, rest, self.system_role = render(tokenizer, messages, A)
         # what a template puts between its generation prompt and an answer, such as a space
         self.answer_start, end = rest.split(A)
@@ -116,7 +125,7 @@ class Prompt:
         a text that was cut can have more tokens when it is read again."""
         longest = len(self.ids(self.between + self.after)) + max_tokens
         for n in range(max_tokens, -1, -1):
-            ids, = self.ids_after("x", [self.between + query + self.after])
+            ids, = self.ids_after("" if self.after_special else "x", [self.between + query + self.after])
             if len(ids) <= longest or not n:
                 return ids
             query, = self.cut([query], n - 1) if n > 1 else [""]
@@ -127,11 +136,11 @@ class Prompt:
         return [(row + [self.end_id])[:max_tokens] for row in rows]
 
 
-def render_prompts(tokenizer, eos_token_id):
+def render_prompts(tokenizer, eos_token_id, style="scaledown"):
     """The generator's prompts, with documents and without, as a checkpoint keeps them: all that depends on its chat
     template. eos_token_id: a number, several or None, which end an answer as its end of turn does. Raises what render()
     raises."""
-    prompts = {name: Prompt(tokenizer, name == "documents") for name in ("documents", "no_documents")}
+    prompts = {name: Prompt(tokenizer, name == "documents", style=style) for name in ("documents", "no_documents")}
     stop = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
     whole = prompts["documents"]
     return {name: prompt.parts() for name, prompt in prompts.items()} | dict(

@@ -69,6 +69,9 @@ lora_alpha = 32
 lora_dropout = 0.1
 compressor_lora_r = 0  # LoRA on the compressor instead of training all of it
 compressor_norm = True  # n_layers: the final norm after the first N layers; the authors' released class drops it
+compressor_layout = "scaledown"  # how query and document stand in the compressor; or oscar, as in the released models
+prompt_style = "scaledown"  # the generator's prompt; or oscar, the released models'
+sep_after_last = False  # a SEP after the last document, too, as in the released models
 gradient_checkpointing = False
 # optimisation
 batch_size = 16  # examples a forward pass

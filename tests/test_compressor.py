@@ -43,7 +43,8 @@ def plain(c):
 
 def separate(c, backbone, query, document):
     """One causal pass over [query document MEM RR], without mask, positions or padding of ours."""
-    ids = c.start + c.tokens([query], c.config.query_tokens)[0] + c.between + c.tokens([document], c.config.doc_tokens)[0] + c.end
+    (start,), (rest,) = c.layout.rows([query], [[document]])
+    ids = start + rest
     x = torch.cat([c.backbone.get_input_embeddings()(torch.tensor([ids])), c.learned_tokens()[None]], dim=1)
     h = backbone(inputs_embeds=x).last_hidden_state[:, len(ids):]
     return h[0, :-1], c.score_head(h[0, -1])
@@ -142,13 +143,13 @@ def test_documents_alone(tiny, name):
     kwargs = dict(num_memory_tokens=3, query_dependent=False)
     c = (modernbert(tiny(name), 24, **kwargs) if name == "modernbert" else
          n_layers(tiny(name), **kwargs, enable_reranking=False)).eval()
-    c.start = [] if name == "qwen2" else c.start  # whose tokeniser has no BOS
+    c.layout.start = [] if name == "qwen2" else c.layout.start  # whose tokeniser has no BOS
     memory, _ = c(**c.tokenize(QUERIES, DOCUMENTS, k=4))
     other, _ = c(**c.tokenize(QUERIES[::-1], DOCUMENTS, k=4, fixed=True))
     backbone = AutoModel.from_pretrained(tiny(name)).eval() if name == "modernbert" else plain(c)
     for b in range(2):
         for i, document in enumerate(DOCUMENTS[b]):
-            ids = torch.tensor([c.start + c.tokens([document], 128)[0] + c.end])
+            ids = torch.tensor([c.layout.start + c.layout.tokens([document], 128)[0] + c.layout.end])
             x = torch.cat([c.backbone.get_input_embeddings()(ids), c.learned_tokens()[None]], dim=1)
             alone = c.projection(backbone(inputs_embeds=x).last_hidden_state[0, -3:])
             torch.testing.assert_close(memory[b, i], alone, atol=1e-4, rtol=1e-4)
@@ -164,7 +165,7 @@ def test_query_and_document_do_not_share_their_tokens(tiny, kind):
     words = "a b c d e f g h i j".split()
     def memory(q, d):
         return c(**c.tokenize([" ".join(words[:q])], [[" ".join(words[:d])]], k=1))[0]
-    tokens = [len(c.tokens([" ".join(words[:n])], 99)[0]) for n in range(11)]
+    tokens = [len(c.layout.tokens([" ".join(words[:n])], 99)[0]) for n in range(11)]
     q, d = tokens.index(4), tokens.index(6)
     torch.testing.assert_close(memory(q, d), memory(10, 10))
     for shorter in (memory(q - 1, d), memory(q, d - 1)):
@@ -173,7 +174,7 @@ def test_query_and_document_do_not_share_their_tokens(tiny, kind):
 
 def test_no_space_slips_in_between_query_and_document(tiny):
     c = n_layers(tiny("mistral"))
-    assert c.tokenizer.convert_ids_to_tokens(c.between) == ["\n"]
+    assert c.tokenizer.convert_ids_to_tokens(c.layout.between) == ["\n"]
     assert c.tokenizer.convert_ids_to_tokens(c.tokenizer("\n", add_special_tokens=False).input_ids) == ["▁", "\n"]
 
 
@@ -189,7 +190,7 @@ def test_documents_longer_than_the_attention_window_are_read_in_rows(tiny):
     memory, _ = c(**c.tokenize(QUERIES[:1], [documents], k=2))
     for i, document in enumerate(documents):
         torch.testing.assert_close(memory[0, i], separate(c, plain(c), QUERIES[0], document)[0], atol=1e-4, rtol=1e-4)
-    assert len(c.tokens(documents[:1], 999)[0]) > 256
+    assert len(c.layout.tokens(documents[:1], 999)[0]) > 256
 
 
 def test_a_document_longer_than_the_learned_positions_is_refused(tiny):

@@ -32,7 +32,7 @@ def test_a_text_s_beginning_is_kept_whatever_the_tokeniser_s_sides(tiny, tmp_pat
     folder = copy_of(tiny("bert"), tmp_path, truncation_side="left", padding_side="left")
     generator = copy_of(tiny("llama"), tmp_path, "generator", truncation_side="left")
     text = "Mara keeps a red hound near the river."
-    plain, sided = (modernbert(f, 32).tokens([text], 4) for f in (tiny("bert"), folder))
+    plain, sided = (modernbert(f, 32).layout.tokens([text], 4) for f in (tiny("bert"), folder))
     assert plain == sided and load_tokenizer(folder).padding_side == "right"
     assert Prompt(load_tokenizer(generator)).cut([text], 3) == Prompt(load_tokenizer(tiny("llama"))).cut([text], 3)
     assert text.startswith(Prompt(load_tokenizer(generator)).cut([text], 3)[0])
