@@ -5,6 +5,7 @@ fit.
 """
 
 import json
+import re
 from array import array
 from hashlib import blake2b
 
@@ -54,6 +55,17 @@ def chunk(tokenizer, documents, max_tokens):
             room[i] -= 1
     return [dict(_id=f"{id}#{n}", title=title, text=piece)
             for (id, _, _), title, texts in zip(documents, titles, pieces) for n, piece in enumerate(texts)]
+
+
+def chunk_by_words(documents, n):
+    """As chunk(), each text every n words (KILT's passages have 100, on which PISCO and OSCAR were trained)."""
+    def pieces(title, text):
+        words = [m.span() for m in re.finditer(r"\S+", text)]
+        found = [text[words[i][0]:words[min(i + n, len(words)) - 1][1]] for i in range(0, len(words), n)]
+        return found or [""] * bool(title)  # a title alone is a passage
+
+    return [dict(_id=f"{id}#{i}", title=title, text=piece)
+            for id, title, text in documents for i, piece in enumerate(pieces(title, text))]
 
 
 def id_hash(id):

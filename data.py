@@ -2,7 +2,8 @@
 Training examples and documents on disk, memory that was made before, checksums, and the scores of answers and rankings.
 
 An example is one JSON object: {"query": str, "documents": [str or {"title", "text"}, ...], "answer": str,
-"reranking_scores": [float, ...]?, "answers": [gold str, ...]?}; a file is JSON Lines or one JSON list.
+"reranking_scores": [float, ...]?, "answers": [gold str, ...]?}; a file is JSON Lines or one JSON list. The names that
+PISCO's and CLaRa's published data have are understood, too (formats.py).
 """
 
 import codecs
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from configurator import fail
 from distributed import print0
 from files import read_lines
+from formats import examples_of
 from pretrained import load_tokenizer
 
 
@@ -47,6 +49,8 @@ def check_example(x, need_answer, need_scores):
     """Says in a few words what is wrong with a parsed example; None when it is good."""
     if not isinstance(x, dict):
         return "not a JSON object"
+    if isinstance(x.get("query"), list):
+        return f"{len(x['query'])} questions, which is not the number of answers"
     if not isinstance(x.get("query"), str) or not x["query"].strip():
         return "'query' is missing or empty"
     documents = x.get("documents")
@@ -80,7 +84,8 @@ class Examples:
     def __init__(self, path, need_answer=True, need_scores=False):
         self.read(path, partial(check_example, need_answer=need_answer, need_scores=need_scores))
 
-    kind, parse, is_empty = "examples", staticmethod(json.loads), staticmethod(lambda x: False)
+    kind, parse, rows = "examples", staticmethod(json.loads), staticmethod(examples_of)
+    is_empty = staticmethod(lambda x: False)
 
     def read(self, path, check):
         """check: says what is wrong with a parsed example, None when it is good."""
@@ -90,25 +95,26 @@ class Examples:
                 "" if not made else ": python train.py config/toy.py makes the toy" if made[1] == "toy" else
                 f": python prepare.py --dataset={made[1]} --corpus=FILE --queries=FILE makes it"))
         self.path = path
-        self.spans = array("q")  # start and end of example i at 2 i and 2 i + 1
+        self.spans = array("q")  # of example i at 3 i: start and end of its row, and which it is of the row's examples
         if os.path.getsize(path) == 0:
             raise ValueError(f"{path} holds no {self.kind}")
         self.file = open(path, "rb")
         self.empty = 0
         for start, end, text in self.list_items() if self.is_list() else self.lines():
             try:
-                x = self.parse(text)
+                rows = self.rows(self.parse(text))
                 if b"\\ud" in text.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
-                    json.dumps(x, ensure_ascii=False).encode()
-                wrong = check(x)
-                if not wrong and self.is_empty(x):
+                    json.dumps(rows, ensure_ascii=False).encode()
+                wrong = next(filter(None, map(check, rows)), None)
+                if not wrong and self.is_empty(rows[0]):
                     self.empty += 1
                     continue
             except ValueError as e:
                 wrong = f"{'no UTF-8' if isinstance(e, UnicodeDecodeError) else 'broken JSON'}: {e}"
             if wrong:
                 raise ValueError(self.at(start, wrong))
-            self.spans.extend((start, end))
+            for i in range(len(rows)):
+                self.spans.extend((start, end, i))
         if not self.spans:
             raise ValueError(f"{path} holds no {self.kind}")
 
@@ -158,11 +164,11 @@ class Examples:
             raise ValueError(self.at(end, "broken JSON: the list does not end as a list of objects does"))
 
     def __len__(self):
-        return len(self.spans) // 2
+        return len(self.spans) // 3
 
-    def __getitem__(self, i):
-        start, end = self.spans[2 * i], self.spans[2 * i + 1]
-        return self.parse(os.pread(self.file.fileno(), end - start, start))
+    def __getitem__(self, n):
+        start, end, i = (self.spans[3 * n + j] for j in range(3))
+        return self.rows(self.parse(os.pread(self.file.fileno(), end - start, start)))[i]
 
 
 class Documents(Examples):
@@ -171,7 +177,8 @@ class Documents(Examples):
 
     Raises what Examples raises."""
 
-    kind, is_empty = "documents", staticmethod(lambda x: not document_text(x))
+    kind, rows = "documents", staticmethod(lambda x: [x])
+    is_empty = staticmethod(lambda x: not document_text(x))
 
     def __init__(self, path):
         if not path.endswith((".jsonl", ".json", ".ndjson")) and not self.begins_as_json(path):

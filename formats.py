@@ -160,6 +160,35 @@ def read_queries(path):
         yield where, dict(_id=check_id(where, x.get("_id")), text=text.strip(), answers=answers)
 
 
+# ---- training data of others
+
+
+def examples_of(row):
+    """The examples in a row of training data, under our names. Rows of two public data sets are known by their own:
+    PISCO's (query, docs, mistral_label) and CLaRa's (question, docs, gold_answer or answers), where a list of questions
+    with a list of their answers is as many examples."""
+    if not isinstance(row, dict):
+        return [row]
+    names = dict(question="query", docs="documents", mistral_label="answer", gold_answer="answer")
+    theirs = {name for name in names if row.get(name) is not None and row.get(names[name]) is None}  # Parquet has nulls
+    if not theirs:
+        return [row]
+    x = {name: value for name, value in row.items() if name not in theirs} | {names[name]: row[name] for name in theirs}
+    queries, answers = x.get("query"), x.get("answer") or x.get("answers")
+    if isinstance(queries, list) and isinstance(answers, list) and len(queries) == len(answers) > 1:
+        rest = {name: value for name, value in x.items() if name not in ("query", "answer", "answers")}
+        return [one_answer({**rest, "query": q, "answer": a}) for q, a in zip(queries, answers)]
+    if isinstance(queries, list) and len(queries) == 1:
+        x["query"] = queries[0]
+    return [one_answer(x if answers is None else {**x, "answer": answers})]
+
+
+def one_answer(x):
+    """An example whose answer is perhaps a list of gold answers, with the first of them as its answer."""
+    golds = x.get("answer")
+    return {**x, "answer": golds[0], "answers": golds} if isinstance(golds, list) and golds else x
+
+
 # ---- TREC runs: a line is query, Q0, passage, rank, score, tag
 
 

@@ -4,6 +4,10 @@ Makes training data as the paper does: from a corpus and queries, by retrieval, 
     python prepare.py config/prepare_msmarco.py
     python prepare.py --dataset=wiki --corpus=corpus.jsonl --queries=queries.jsonl --teacher=gold
 
+or from examples that others have made (public.py),
+
+    python prepare.py config/prepare_pisco.py
+
 or the toy world (data/toy/prepare.py), which needs no network and no GPU and comes with its own tiny language model:
 
     python prepare.py --dataset=toy
@@ -39,8 +43,8 @@ from transformers import AutoModelForSequenceClassification, logging
 from transformers.models.auto import modeling_auto
 
 import distributed  # rank and world by its name: configure() takes numbers among a script's globals for settings
-from configurator import at_least, configure, fail, fast_dtype, first_line, torch_device
-from corpus import Corpus, chunk, index_corpus
+from configurator import at_least, configure, fail, fail_on, fast_dtype, first_line, torch_device
+from corpus import Corpus, chunk, chunk_by_words, index_corpus
 from data import document_text
 from distributed import share
 from files import file_sha256, naming, replacing
@@ -48,11 +52,13 @@ from formats import read_documents, read_others_run, read_queries, read_run, run
 from parts import by_length, join_parts, make_parts, pad, part_size, parts_of, progress
 from pretrained import ModelError, load_config, load_model, load_tokenizer, longest_text, note
 from prompt import Prompt
+from public import copy_examples
 from splade import Splade, check_pooling, find_shards, search, shard_size, write_shard
 from teacher import Teacher
 
 # -----------------------------------------------------------------------------
 dataset = "toy"  # the result goes into data/NAME
+examples = ""  # made by others, with documents and answers: a .jsonl or .parquet, a folder of them, a name of the hub
 # where it comes from
 corpus = ""  # BEIR's corpus.jsonl, KILT's knowledge source, or a .tsv of id, text (and title); .gz too
 queries = ""  # BEIR's queries.jsonl, a .tsv of id, text (MS MARCO's), or plain lines; .gz too
@@ -70,6 +76,7 @@ teacher_retries = 8  # of one request; the waits between double, from 1 s to 60 
 teacher_timeout = 300.0  # seconds for one answer
 # sizes
 doc_tokens = 128  # of a chunk, its title included
+chunk_words = 0  # cut documents into chunks of this number of words instead (KILT's passages: 100)
 query_tokens = 64  # longer queries are cut
 answer_tokens = 128
 top_k = 50  # retrieved
@@ -105,7 +112,8 @@ def make_corpus(folder):
 
     def write(f, part):
         for batch in parts_of(part, 256):
-            f.writelines(map(to_line, chunk(tokenizer, batch, doc_tokens)))
+            chunks = chunk_by_words(batch, chunk_words) if chunk_words else chunk(tokenizer, batch, doc_tokens)
+            f.writelines(map(to_line, chunks))
 
     with progress("corpus", total=os.path.getsize(corpus), unit="B", unit_scale=True) as bar:
         n = make_parts(f"{folder}/corpus.jsonl.parts", parts_of(documents(bar), 8192), write)
@@ -413,7 +421,8 @@ def make_examples(folder):
 Stage = namedtuple("Stage", "make files depends after")
 STAGES = dict(
     queries=Stage(make_queries, ["queries.jsonl"], "queries generator query_tokens max_queries", ""),
-    corpus=Stage(make_corpus, ["corpus.jsonl", "corpus.index"], "corpus generator doc_tokens max_passages", ""),
+    corpus=Stage(make_corpus, ["corpus.jsonl", "corpus.index"],
+                 "corpus generator doc_tokens chunk_words max_passages", ""),
     index=Stage(make_index, ["index"], "splade encoder_dtype", "corpus"),
     retrieval=Stage(make_run, ["run.retrieval.trec"], "run top_k", "queries corpus index"),
     rerank=Stage(make_reranked, ["run.rerank.trec"], "reranker num_documents encoder_dtype", "retrieval"),
@@ -463,6 +472,11 @@ def check_model(setting, kinds, kind):
     return config
 
 
+def check_name():
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", dataset):
+        fail(f"dataset is the name of a folder in data/, not '{dataset}'")
+
+
 def check_files():
     """Checks the files that are read."""
     for name in ("corpus", "queries"):
@@ -480,9 +494,9 @@ def check_files():
 
 def check_settings():
     at_least(globals(), max_passages=0, max_queries=0, teacher_requests=1, teacher_retries=0, teacher_timeout=0.1,
-             doc_tokens=8, query_tokens=1, answer_tokens=1, top_k=1, num_documents=1, val_fraction=0, batch_tokens=1)
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", dataset):
-        fail(f"dataset is the name of a folder in data/, not '{dataset}'")
+             doc_tokens=8, chunk_words=0, query_tokens=1, answer_tokens=1, top_k=1, num_documents=1, val_fraction=0,
+             batch_tokens=1)
+    check_name()
     check_files()
     if last_stage not in STAGES:
         fail(f"last_stage is one of {', '.join(STAGES)}, not '{last_stage}'")
@@ -537,7 +551,8 @@ def start_manifest(folder, settings):
     contents = {name: file_sha256(globals()[name]) if globals()[name] else "" for name in ("corpus", "queries", "run")}
     now = {name: {key: contents.get(key, globals()[key]) for key in stage.depends.split()}
            for name, stage in STAGES.items()}
-    was = {name: former[name]["settings"] if name in former else now[name] for name in STAGES}
+    # a manifest that is older than chunk_words was made without
+    was = {name: {"chunk_words": 0} | former[name]["settings"] if name in former else now[name] for name in STAGES}
     if run:  # the index is not needed, but still good for a command without run
         now["index"] = was["index"]
     changed = {name: [key for key in now[name] if was[name].get(key) != now[name][key]] for name in STAGES}
@@ -658,10 +673,28 @@ def make_toy(settings):
     runpy.run_path(script, run_name="__main__")
 
 
+def copy_public():
+    """See public.py: with examples there is nothing to retrieve and to answer."""
+    check_name()
+    if given := [name for name in ("corpus", "queries", "run") if globals()[name]]:
+        fail(f"examples={examples} have documents and answers: leave out {given[0]}")
+    if dataset == "toy" or not 0 <= val_fraction < 1:
+        fail("examples take --dataset=NAME, which is not toy, and a val_fraction from 0 to less than 1")
+    if distributed.world > 1:
+        fail("examples are copied by one process: without torchrun")
+    folder = f"data/{dataset}"
+    os.makedirs(folder, exist_ok=True)
+    with lock(folder):
+        copy_examples(folder, examples, val_fraction, overwrite)
+
+
 if __name__ == "__main__":
     settings = configure(globals())
-    if dataset == "toy":
+    if dataset == "toy" and not examples:
         make_toy(settings)
+    elif examples:
+        with fail_on(OSError):
+            copy_public()
     else:
         logging.set_verbosity_error()
         logging.disable_progress_bar()

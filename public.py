@@ -1,0 +1,88 @@
+"""
+Training data that others have published, in place of what prepare.py would make: questions with their documents and a
+teacher's answers, as PISCO's (maxoul/pisco_finetuning_data) or CLaRa's (apple/ml-clara). What a row may call them,
+formats.py says. Notable: nothing is held in memory but a number for each example.
+"""
+
+import json
+import os
+from array import array
+from hashlib import sha256
+from pathlib import Path
+
+from configurator import fail, fail_on, first_line, import_or_fail
+from data import Examples, check_example
+from files import replacing
+from formats import examples_of, to_line
+from parts import progress
+
+
+def table_rows(source, where):
+    """Yields the examples of a Parquet file or of a data set of the hub. Exits with one line that names a broken row,
+    by its number from 0."""
+    datasets = import_or_fail("datasets", f"examples={source}")
+    datasets.disable_progress_bars()
+    try:
+        table = (datasets.load_dataset("parquet", data_files=where, split="train") if where else
+                 datasets.load_dataset(source, split="train"))
+    except Exception as e:  # no network, a damaged file, a name that is none: each an exception of its own
+        fail(f"{where or source} cannot be loaded: {first_line(e)}")
+    for i, row in enumerate(table):
+        for x in examples_of(row):
+            if wrong := check_example(x, need_answer=True, need_scores=False):
+                fail(f"{where or source}, row {i}: {wrong}")
+            yield x
+
+
+def read_examples(source):
+    """Yields the examples of a file (.parquet, or JSON Lines, or one JSON list), of all such files in a folder, or of a
+    data set of the Hugging Face hub. Exits with one line that names file and row of a broken one."""
+    if not os.path.exists(source):
+        yield from table_rows(source, "")
+        return
+    files = [source]
+    if os.path.isdir(source):
+        files = sorted(str(path) for path in Path(source).rglob("*") if path.suffix in (".jsonl", ".json", ".parquet"))
+    if not files:
+        fail(f"{source} holds no .jsonl, .json or .parquet file")
+    for path in files:
+        if path.endswith(".parquet"):
+            yield from table_rows(source, path)
+            continue
+        with fail_on(ValueError, OSError):
+            examples = Examples(path)
+        yield from map(examples.__getitem__, range(len(examples)))
+
+
+def fraction(x):
+    """A number from 0 to 1 that depends on the query alone: the same query is never both trained on and validated."""
+    return int(sha256(x["query"].encode()).hexdigest()[:8], 16) / 2**32
+
+
+def copy_examples(folder, source, val_fraction, overwrite):
+    """Writes train.jsonl and val.jsonl into a folder, in our own form, and manifest.json, which says of what."""
+    manifest, settings = f"{folder}/manifest.json", dict(examples=source, val_fraction=val_fraction)
+    if os.path.exists(manifest) and not overwrite:
+        with open(manifest) as f:
+            made_with = json.load(f).get("settings")
+        if made_with != settings:
+            fail(f"{folder} was made with other settings: --overwrite=True makes it anew, another --dataset keeps both")
+        print(f"{folder}: there already")
+        return
+    fractions, counts = array("d"), dict(train=0, val=0, without_answer=0)
+    for x in progress("checking", iterable=read_examples(source), unit=""):
+        fractions.append(fraction(x))
+    limit = max(val_fraction, min(fractions))  # at least one is for validation
+    os.makedirs(folder, exist_ok=True)
+    with replacing(f"{folder}/val.jsonl") as val, replacing(f"{folder}/train.jsonl") as train:
+        for x in progress("examples", iterable=read_examples(source), total=len(fractions), unit=""):
+            kind = "without_answer" if not x["answer"].strip() else "val" if fraction(x) <= limit else "train"
+            counts[kind] += 1
+            if kind != "without_answer":
+                (val if kind == "val" else train).write(to_line(x))
+        if not counts["train"]:
+            fail(f"{source} leaves no training example: {counts['val']} for validation, {counts['without_answer']} "
+                 "without an answer")
+    with replacing(manifest, "w") as f:
+        json.dump(dict(settings=settings, counts=counts), f, indent=2)
+    print(f"{folder}: " + ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in counts.items()))

@@ -1,0 +1,126 @@
+"""Training data that others have published, in PISCO's and CLaRa's form: read as it is, and copied by prepare.py."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import EXAMPLES, ROOT, jsonl, losses, run
+
+from corpus import chunk_by_words
+from data import Examples
+from formats import examples_of
+
+datasets = pytest.importorskip("datasets")
+PISCO = [dict(query=f"{x['query']} {i}", docs=[d if isinstance(d, str) else d["text"] for d in x["documents"]],
+              mistral_label=x["answer"]) for i in range(8) for x in EXAMPLES]
+CLARA = [dict(question=["who is the mayor?"], docs=["The mayor of Loku is Tuson."], answers=["Tuson", "mayor Tuson"]),
+         dict(question="who keeps a hound?", docs=["Mara keeps a red hound."], gold_answer="Mara"),
+         dict(question=["who keeps it?", "what colour is it?"], docs=["Mara keeps a red hound."], answers=["Mara", "red"])]
+AS_OURS = [dict(query="who is the mayor?", documents=["The mayor of Loku is Tuson."], answer="Tuson",
+                answers=["Tuson", "mayor Tuson"]),
+           dict(query="who keeps a hound?", documents=["Mara keeps a red hound."], answer="Mara"),
+           dict(query="who keeps it?", documents=["Mara keeps a red hound."], answer="Mara"),
+           dict(query="what colour is it?", documents=["Mara keeps a red hound."], answer="red")]
+
+
+@pytest.fixture
+def dataset():
+    """The name of a data set, of which nothing is left afterwards."""
+    name = f"test-public-{os.getpid()}"
+    yield name
+    shutil.rmtree(f"{ROOT}/data/{name}", ignore_errors=True)
+
+
+def parquet(path, rows):
+    names = {name for row in rows for name in row}
+    datasets.Dataset.from_list([dict.fromkeys(names) | row for row in rows]).to_parquet(path)
+    return str(path)
+
+
+def read(name):
+    rows = {}
+    for kind in ("train", "val"):
+        with open(f"{ROOT}/data/{name}/{kind}.jsonl") as f:
+            rows[kind] = [json.loads(line) for line in f]
+    return rows
+
+
+def test_rows_are_read_under_our_names(tmp_path):
+    path = jsonl(tmp_path / "clara.jsonl", CLARA)
+    assert [*Examples(path)] == AS_OURS
+    (tmp_path / "clara.json").write_text(json.dumps(CLARA))
+    assert [*Examples(str(tmp_path / "clara.json"))] == AS_OURS
+    assert Examples(jsonl(tmp_path / "pisco.jsonl", PISCO))[4] == dict(
+        query=PISCO[4]["query"], documents=PISCO[4]["docs"], answer=PISCO[4]["mistral_label"])
+    no_answer = dict(question="who?", docs=["x"])
+    assert [*Examples(jsonl(tmp_path / "no.jsonl", [no_answer]), need_answer=False)] == [
+        dict(query="who?", documents=["x"])]
+    for x in EXAMPLES:
+        assert examples_of(x) == [x]
+
+
+@pytest.mark.parametrize("row, wrong", [
+    (dict(question=["a", "b"], docs=["x"], answers=["c"]), "2 questions, which is not the number of answers"),
+    (dict(question=["a", " "], docs=["x"], answers=["c", "d"]), "'query' is missing or empty"),
+    (dict(query="a", docs=[], mistral_label="c"), "no documents"),
+    (dict(query="a", docs=["x"]), "'answer' is missing or no string"),
+    (dict(query="a", docs=["x"], mistral_label=None), "'answer' is missing or no string"),
+    (dict(question="a", docs=[["x"]], gold_answer="c"), "a document is neither a string nor an object"),
+    (dict(question="a", docs=["x"], answers=[3]), "'answer' is missing or no string")])
+def test_a_broken_row_is_named(tmp_path, dataset, row, wrong):
+    path = jsonl(tmp_path / "x.jsonl", [CLARA[1], row])
+    with pytest.raises(ValueError, match=f"x.jsonl, line 2: {wrong}"):
+        Examples(path)
+    assert f"x.jsonl, line 2: {wrong}" in run("prepare.py", f"--dataset={dataset}", f"--examples={path}", ok=False)
+    try:
+        table = parquet(tmp_path / "x.parquet", [PISCO[0], row])
+    except Exception:  # a column of Parquet has one type
+        return
+    assert f"x.parquet, row 1: {wrong}" in run("prepare.py", f"--dataset={dataset}", f"--examples={table}", ok=False)
+    assert not os.path.exists(f"{ROOT}/data/{dataset}/train.jsonl")
+
+
+def test_prepare_copies_a_file_or_a_folder(tmp_path, dataset, tiny):
+    ours = [dict(query=x["query"], documents=x["docs"], answer=x["mistral_label"]) for x in PISCO]
+    empty = dict(PISCO[0], query="answered by nothing", mistral_label=" ")
+    folder = tmp_path / "parts" / "deep"
+    folder.mkdir(parents=True)
+    parquet(folder / "a.parquet", PISCO[:10])
+    jsonl(folder / "b.jsonl", PISCO[10:] + [empty])
+    sources = [jsonl(tmp_path / "pisco.jsonl", PISCO), parquet(tmp_path / "pisco.parquet", PISCO), str(tmp_path / "parts")]
+    made = []
+    for source in sources:
+        args = "prepare.py", "config/prepare_pisco.py", f"--dataset={dataset}", f"--examples={source}", "--val_fraction=0.2"
+        said = run(*args, "--overwrite=True")
+        made.append(read(dataset))
+        assert f"{len(made[-1]['train'])} train, {len(made[-1]['val'])} val" in said
+        assert "there already" in run(*args)
+        assert "made with other settings" in run(*args, "--val_fraction=0.1", ok=False)
+        assert sorted(x["query"] for part in made[-1].values() for x in part) == sorted(x["query"] for x in ours)
+        assert all(x in ours for part in made[-1].values() for x in part)
+    assert made[0] == made[1] == made[2] and 1 <= len(made[0]["val"]) < 12
+    run("train.py", f"--generator={tiny('llama')}", f"--train_data=data/{dataset}/train.jsonl", "--device=cpu",
+        f"--val_data=data/{dataset}/val.jsonl", f"--out_dir={tmp_path}/out", "--num_layers=2", "--batch_size=2",
+        "--gradient_accumulation_steps=1", "--max_iters=20", "--log_interval=1", "--dtype=float32", "--generator_lr=1e-2",
+        "--compressor_lr=1e-2", "--eval_samples=0", "--answer_tokens=16")
+    curve = losses(f"{tmp_path}/out")
+    assert len(curve) == 20 and curve[20] < curve[1] - 0.5
+
+
+def test_what_does_not_go_together(tmp_path, dataset):
+    path = jsonl(tmp_path / "x.jsonl", PISCO)
+    for args, message in (
+            (["--corpus=x"], "leave out corpus"), (["--dataset=toy"], "which is not toy"),
+            (["--examples=no/such"], "no/such cannot be loaded"), (["--val_fraction=1.0"], "less than 1"),
+            ([f"--examples={tmp_path}/empty"], "holds no .jsonl, .json or .parquet file")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert message in run("prepare.py", f"--dataset={dataset}", f"--examples={path}", *args, ok=False)
+
+
+def test_chunks_by_words():
+    text = " ".join(f"w{i}" for i in range(250)) + "\n"
+    chunks = chunk_by_words([("a", "Title", text), ("b", "Alone", ""), ("c", "", " ")], 100)
+    assert [(x["_id"], x["title"], len(x["text"].split())) for x in chunks] == [
+        ("a#0", "Title", 100), ("a#1", "Title", 100), ("a#2", "Title", 50), ("b#0", "Alone", 0)]
+    assert " ".join(x["text"] for x in chunks[:3]) == text.strip()
