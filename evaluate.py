@@ -29,7 +29,6 @@ from compressor import left_pad
 from configurator import at_least, configure, fail, fail_on
 from data import Documents, Examples, Store, document_text
 from files import file_sha256, replacing
-from lora import merge_and_unload
 from metrics import describe, ndcg, read_qrels, references, score, trec_order
 from modes import Modes
 from pretrained import load_model, load_tokenizer, plain_text
@@ -103,17 +102,6 @@ def fill_store():
             memory.append(model.compressor(**model.to_device(batch))[0][0].cpu())  # (n, l, d)
         Store.write(store, number, part, torch.cat(memory), **made_of)
     print(f"{store}: memory of {len(corpus):,} documents")
-
-
-def export_generator():
-    model = modes.model
-    merge_and_unload(model.generator)
-    try:
-        model.generator.save_pretrained(export)
-        model.tokenizer.save_pretrained(export)
-    except (OSError, SafetensorError) as e:
-        fail(f"{export} could not be written: {e}")
-    print(f"{export}: {model.config.generator} with the LoRA of {out_dir} merged")
 
 
 @torch.no_grad()
@@ -250,7 +238,7 @@ if compress:
     with fail_on(ValueError, OSError, SafetensorError):  # the last of a full disk
         fill_store()
 elif export:
-    export_generator()
+    modes.export(export)
 else:
     check(examples)
     evaluate(examples)

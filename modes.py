@@ -8,10 +8,12 @@ The ways in which a checkpoint answers questions, next to one another:
 """
 
 import torch
+from safetensors import SafetensorError
 
 from configurator import fail, fast_dtype, torch_device
 from data import Store
 from files import file_sha256
+from lora import merge_and_unload
 from model import ScaleDown
 
 
@@ -25,7 +27,7 @@ class Modes:
         if dtype not in ("float32", "bfloat16"):
             fail(f"dtype is float32 or bfloat16, not '{dtype}'")
         moved = dict(generator=generator, compressor_model=compressor_model)
-        self.dtype = getattr(torch, dtype)
+        self.out_dir, self.dtype = out_dir, getattr(torch, dtype)
         self.model = ScaleDown.from_pretrained(out_dir, device, self.dtype,
                                                **{name: value for name, value in moved.items() if value})
         config = self.model.config
@@ -40,6 +42,17 @@ class Modes:
         self.names = trained[:1] + ["reranked"] * bool(keep) + trained[1:]
         self.made_of = store and {name: file_sha256(f"{out_dir}/{file}") for name, file in
                                   (("compressor", "compressor.safetensors"), ("config", "config.json"))}
+
+    def export(self, folder):
+        """Writes the generator with its LoRA merged, and its tokeniser, as an ordinary Hugging Face folder. Nothing can
+        be answered here afterwards."""
+        merge_and_unload(self.model.generator)
+        try:
+            self.model.generator.save_pretrained(folder)
+            self.model.tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as e:
+            fail(f"{folder} could not be written: {e}")
+        print(f"{folder}: {self.model.config.generator} with the LoRA of {self.out_dir} merged", flush=True)
 
     def open_store(self, folder):
         self.store = Store(folder, **self.made_of)

@@ -4,11 +4,11 @@ r"""A compressor of one's own: a document's token embeddings, the mean of each o
         --out_dir=out/mean
 """
 
-import torch.nn.functional as F
 from torch import nn
 
 from compressor import Compressor, left_pad
 from pretrained import load_tokenizer, plain_text
+from skip import slice_means
 
 
 class MeanPooling(Compressor):
@@ -28,8 +28,4 @@ class MeanPooling(Compressor):
         return dict(ids=ids.view(len(queries), k, -1), doc_mask=mask.view(len(queries), k, -1))  # (B, k, D)
 
     def forward(self, ids, doc_mask):
-        l, n = self.config.num_memory_tokens, doc_mask.sum(-1, keepdim=True).clamp(min=1)
-        slices = (doc_mask.cumsum(-1) - 1) * l // n  # which slice of its document a token belongs to, (B, k, D)
-        belongs = F.one_hot(slices.clamp(min=0), l) * doc_mask[..., None]  # (B, k, D, l); padding belongs to none
-        mean = (belongs / belongs.sum(-2, keepdim=True).clamp(min=1)).to(self.embed.weight.dtype)
-        return self.linear(mean.transpose(-1, -2) @ self.embed(ids)), None  # (B, k, l, d)
+        return self.linear(slice_means(self.embed(ids), doc_mask, self.config.num_memory_tokens)), None  # (B, k, l, d)
