@@ -365,16 +365,17 @@ def test_compiled_training_on_batches_of_other_lengths(job, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train.py", "prepare.py", "sample.py", "evaluate.py", "compare.py", "bench.py",
-                                    "experiments.py"])
+                                    "experiments.py", "import_oscar.py", "serve.py", "bench_serve.py"])
 def test_help_prints_every_setting(script):
     said = (run(script, "--seed=7", *["config/toy.py"] * (script == "train.py"), "--help")
-            if script not in ("bench.py", "compare.py") else run(script, "-h"))
+            if script in ("train.py", "prepare.py", "sample.py", "evaluate.py", "experiments.py") else run(script, "-h"))
     with open(os.path.join(ROOT, script)) as f:
         source = ast.parse(f.read())
     assert said.startswith(ast.get_docstring(source, clean=False))
     names = [n.targets[0].id for n in source.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
-    names = names[:names.index(next(name for name in ("device", "seed", "resamples") if name in names)) + 1]
-    assert len(names) > (3 if script == "compare.py" else 5) and all(f"\n  --{name}=" in said for name in names)
+    last = next(name for name in ("device", "seed", "resamples", "repeats", "compressor_model") if name in names)
+    names = names[:names.index(last) + 1]
+    assert len(names) >= (4 if script in ("compare.py", "import_oscar.py") else 6) and all(f"\n  --{name}=" in said for name in names)
     if script == "train.py":  # as the config and the command leave them, with their comments
         assert "--generator=data/toy/llm" in said and "--seed=7" in said and "# optimisation" in said
         assert re.search(r"--max_iters=0 +steps; 0 = as many as the epochs take\n", said)

@@ -1,0 +1,19 @@
+# Goes on training naver/oscar-mistral-7B, as import_oscar.py has written it (docs/oscar.md): its layout and its prompt.
+out_dir = "out/oscar_mistral_tuned"
+init_from = "out/oscar-mistral"
+train_data = "data/train.jsonl"
+val_data = "data/val.jsonl"
+generator = "mistralai/Mistral-7B-Instruct-v0.2"
+compressor_type = "modernbert"  # a model of its own, with a projection
+compressor_model = "meta-llama/Llama-3.2-1B-Instruct"
+projection_hidden = 8096
+num_memory_tokens = 8
+query_tokens = 128
+doc_tokens = 128
+compressor_layout = "oscar"
+prompt_style = "oscar"
+sep_after_last = True
+generator_lr = 1e-4
+compressor_lr = 1e-4
+batch_size = 4
+gradient_accumulation_steps = 32
