@@ -5,13 +5,13 @@ documents' text in the prompt, answered by the same vLLM, compression included. 
     python serve.py --out_dir=out/smollm/best -- --port=8000
     python bench_serve.py --tokenizer=out/smollm/best.generator --corpus=corpus.jsonl
 
-No request has a document of another, so that vLLM's prefix cache helps neither side.
+No two prompts begin with the same documents, so that vLLM's prefix cache helps neither side.
 """
 
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import cycle, islice
 
 import requests
 
@@ -58,17 +58,18 @@ def main():
     at_least(globals(), docs=1, doc_tokens=1, answer_tokens=1, repeats=1)
     prompt = Prompt(load_tokenizer(tokenizer))
     passages = (document_text(dict(title=title, text=text)) for _, title, text in read_documents(corpus))
-    passages = (cut for p in passages for cut in prompt.cut([p], doc_tokens) if len(prompt.ids(cut)) >= doc_tokens - 2)
+    passages = [cut for p in passages for cut in prompt.cut([p], doc_tokens) if len(prompt.ids(cut)) >= doc_tokens - 2]
+    if len(passages) <= docs:
+        fail(f"{corpus} has {len(passages)} documents of {doc_tokens} tokens: too few")
+    passages = cycle(passages if len(passages) % docs else passages[1:])  # the second time around they fall otherwise
     common = dict(model="scaledown", max_tokens=answer_tokens, ignore_eos=True, temperature=0)
     for n in map(int, requests_at_once.split(",")):
         taken = dict(compressed=[], full=[])
         for repeat in range(-1, repeats):  # the first does not count
             for name in taken:
                 bodies = []
-                for _ in range(n):
+                for _ in range(n if repeat >= 0 else 1):
                     documents = [*islice(passages, docs)]
-                    if len(documents) < docs:
-                        fail(f"{corpus} has too few documents of {doc_tokens} tokens for this: lower docs or repeats")
                     query = f"What is said about {' '.join(documents[0].split()[:8])}?"
                     bodies.append(common | (dict(messages=[dict(role="user", content=query)], documents=documents)
                                             if name == "compressed" else

@@ -125,7 +125,8 @@ class CompressDocuments:
         request.setdefault("temperature", 0)
         if request.get("max_completion_tokens") is None and request.get("max_tokens") is None:
             request["max_tokens"] = model.config.answer_tokens
-        request["stop_token_ids"] = [*model.stop_ids, *(request.get("stop_token_ids") or [])]
+        if not request.get("ignore_eos"):
+            request["stop_token_ids"] = [*model.stop_ids, *(request.get("stop_token_ids") or [])]
         return json.dumps(request).encode()
 
     async def embeddings(self, x):

@@ -40,6 +40,22 @@ def test_flops_are_those_counted_by_hand(flops):
             assert flops[f"n_layers_{n}{name}"]["compression_tflop"] == pytest.approx(by_hand / 1e12, rel=1e-3)
 
 
+def test_flops_of_the_released_layout_by_hand(tmp_path, flops):
+    """Llama-3.2-1B with 131 tokens for query and document: 10 rows of 131 + 8; packed the query's 32 tokens once."""
+    assert "llama_1b_as_released" not in flops  # a query of 128 tokens leaves no document
+    run("bench.py", "--query_tokens=32", f"--json={tmp_path / 'rows.json'}")
+    cost = {row["name"]: row["compression_tflop"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    d, kv, inner, layers, q, k, S = 2048, 512, 8192, 16, 32, 10, 99 + 8
+    block, projection = 2 * d * d + 2 * d * kv + 3 * d * inner, 80 * 2 * (2048 * 8096 + 8096 * 4096)
+    rows = layers * (2 * block * k * (q + S) + 4 * d * k * (q + S) ** 2)
+    assert cost["llama_1b_as_released"] == pytest.approx((rows + projection) / 1e12, rel=1e-3)
+    T = q + k * S
+    whole = layers * (2 * block * T + 4 * d * (q * q + k * S * (q + S)))
+    last = 2 * (d * d + 2 * d * kv) * T + 2 * block * 80 + 4 * d * k * 8 * (q + S)
+    cut = whole * (layers - 1) / layers + last
+    assert cost["llama_1b_as_released_packed"] == pytest.approx((cut + projection) / 1e12, rel=1e-2)
+
+
 def test_flops_that_the_readme_promises(flops):
     for name, most in (("n_layers_5_packed", 3.43), ("n_layers_8_packed", 5.48), ("n_layers_10_packed", 6.86),
                        ("n_layers_8", 4.95)):
