@@ -15,7 +15,7 @@ from itertools import cycle, islice
 
 import requests
 
-from configurator import at_least, configure, fail
+from configurator import at_least, configure, fail, fail_on
 from data import document_text
 from formats import read_documents
 from pretrained import load_tokenizer
@@ -71,9 +71,9 @@ def main():
                 for _ in range(n if repeat >= 0 else 1):
                     documents = [*islice(passages, docs)]
                     query = f"What is said about {' '.join(documents[0].split()[:8])}?"
-                    bodies.append(common | (dict(messages=[dict(role="user", content=query)], documents=documents)
-                                            if name == "compressed" else
-                                            dict(messages=chat_messages(query, "\n\n".join(documents)))))
+                    full = chat_messages(query, "\n\n".join(documents), prompt.system_role)
+                    bodies.append(common | (dict(messages=full) if name == "full" else dict(
+                        messages=[dict(role="user", content=query)], documents=documents)))
                 if repeat >= 0:
                     taken[name].append(seconds(bodies))
                 else:
@@ -87,4 +87,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with fail_on(ValueError, OSError):
+        main()

@@ -239,6 +239,7 @@ if compress:
         fill_store()
 elif export:
     modes.export(export)
+    print(f"{export}: {modes.model.config.generator} with the LoRA of {out_dir} merged")
 else:
     check(examples)
     evaluate(examples)

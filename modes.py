@@ -27,7 +27,7 @@ class Modes:
         if dtype not in ("float32", "bfloat16"):
             fail(f"dtype is float32 or bfloat16, not '{dtype}'")
         moved = dict(generator=generator, compressor_model=compressor_model)
-        self.out_dir, self.dtype = out_dir, getattr(torch, dtype)
+        self.dtype = getattr(torch, dtype)
         self.model = ScaleDown.from_pretrained(out_dir, device, self.dtype,
                                                **{name: value for name, value in moved.items() if value})
         config = self.model.config
@@ -52,7 +52,6 @@ class Modes:
             self.model.tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as e:
             fail(f"{folder} could not be written: {e}")
-        print(f"{folder}: {self.model.config.generator} with the LoRA of {self.out_dir} merged", flush=True)
 
     def open_store(self, folder):
         self.store = Store(folder, **self.made_of)

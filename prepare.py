@@ -547,7 +547,9 @@ def start_manifest(folder, settings):
     former = {}
     if os.path.exists(f"{folder}/manifest.json"):
         with open(f"{folder}/manifest.json", encoding="utf-8") as f:
-            former = json.load(f)["stages"]
+            former = json.load(f).get("stages")
+        if former is None:
+            fail(f"{folder} holds examples that others have made (--examples): choose another --dataset")
     contents = {name: file_sha256(globals()[name]) if globals()[name] else "" for name in ("corpus", "queries", "run")}
     now = {name: {key: contents.get(key, globals()[key]) for key in stage.depends.split()}
            for name, stage in STAGES.items()}

@@ -70,12 +70,19 @@ def copy_examples(folder, source, val_fraction, overwrite):
         print(f"{folder}: there already")
         return
     fractions, counts = array("d"), dict(train=0, val=0, without_answer=0)
+    if not os.path.exists(manifest) and any(os.path.exists(f"{folder}/{kind}.jsonl") for kind in ("train", "val")):
+        fail(f"{folder} holds examples that are not made by this command: choose another --dataset")
+    if os.path.realpath(folder) in [os.path.realpath(source), *map(str, Path(os.path.realpath(source)).parents)]:
+        fail(f"{source} is what would be written over: choose another --dataset")
     for x in progress("checking", iterable=read_examples(source), unit=""):
-        fractions.append(fraction(x))
+        if x["answer"].strip():
+            fractions.append(fraction(x))
+    if not fractions:
+        fail(f"{source} holds no example with an answer")
     limit = max(val_fraction, min(fractions))  # at least one is for validation
     os.makedirs(folder, exist_ok=True)
     with replacing(f"{folder}/val.jsonl") as val, replacing(f"{folder}/train.jsonl") as train:
-        for x in progress("examples", iterable=read_examples(source), total=len(fractions), unit=""):
+        for x in progress("examples", iterable=read_examples(source), unit=""):
             kind = "without_answer" if not x["answer"].strip() else "val" if fraction(x) <= limit else "train"
             counts[kind] += 1
             if kind != "without_answer":

@@ -19,15 +19,16 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import sys
+import traceback
 
 import torch
 
 from configurator import at_least, configure, fail, fail_on, fast_dtype
 from data import is_document
-from files import file_sha256
+from files import file_sha256, replacing_folder
 from modes import Modes
+from pretrained import decoder_layers
 
 # -----------------------------------------------------------------------------
 out_dir = "out/toy/best"  # a checkpoint
@@ -44,10 +45,19 @@ dtype = ""  # of the compressor and of vLLM: float32 or bfloat16; empty: whichev
 PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 
 
-def question(path, request):
+def has_embeddings(request):
+    """Whether a client sends embeddings of its own, as a prompt or as part of a message."""
+    messages = request.get("messages")
+    contents = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return request.get("prompt_embeds") is not None or any(
+        part.get("type") == "prompt_embeds" or "prompt_embeds" in part for part in parts)
+
+
+def question(kind, request):
     """The question and the documents of a request's JSON. Raises ValueError for others than one of each."""
     documents, query = request["documents"], request.get("prompt")
-    if PATHS[path] == "chat":
+    if kind == "chat":
         messages = request.get("messages")
         if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], dict) or (
                 messages[0].get("role") != "user"):
@@ -71,13 +81,19 @@ class CompressDocuments:
         self.app, self.waiting, self.worker = app, [], None
         settings = json.loads(os.environ["SCALEDOWN_SERVE"])
         self.compress_batch = settings.pop("compress_batch")
-        self.modes = Modes(**settings)
+        self.modes = Modes(**{**settings, "device": "cpu"})
+        model = self.modes.model
+        if not getattr(model.compressor, "shares_generator", False):
+            del decoder_layers(model.generator)[:]  # of the generator only the embeddings are read here
+        model.to(settings["device"])
         if settings["store"]:
             self.modes.open_store(settings["store"])
         self.mode = "reranked" if "reranked" in self.modes.names else self.modes.names[0]
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] != "http" or scope["path"] not in PATHS:
+        path = scope.get("path", "")  # which may begin with a --root-path
+        kind = next((kind for end, kind in PATHS.items() if path.endswith(end)), None)
+        if scope["type"] != "http" or not kind:
             await self.app(scope, receive, send)
             return
 
@@ -94,11 +110,18 @@ class CompressDocuments:
                 if message["type"] != "http.request":
                     return message
                 body, more = body + message.get("body", b""), message.get("more_body", False)
-            return dict(type="http.request", body=await self.compressed(scope["path"], body), more_body=False)
+            compressed = asyncio.ensure_future(self.compressed(kind, body))
+            gone = asyncio.ensure_future(receive())  # the next message is that the client has left
+            await asyncio.wait({compressed, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not compressed.done():
+                compressed.cancel()
+                return gone.result()
+            gone.cancel()
+            return dict(type="http.request", body=compressed.result(), more_body=False)
 
         await self.app(scope, receive_compressed, send)
 
-    async def compressed(self, path, body):
+    async def compressed(self, kind, body):
         """The body of a request with documents as one with a prompt of embeddings. Raises HTTPException for a bad one;
         what is no JSON object is left to vLLM to complain of."""
         from fastapi import HTTPException
@@ -107,26 +130,35 @@ class CompressDocuments:
             request = json.loads(body)
         except ValueError:
             return body
-        if not isinstance(request, dict) or request.get("documents") is None:
+        if not isinstance(request, dict):
+            return body
+        if has_embeddings(request):  # vLLM trusts them blindly
+            raise HTTPException(400, "prompt_embeds are what this server makes of documents: send these")
+        if request.get("documents") is None:
             return body
         try:
-            embeds = await self.embeddings(question(path, request))
+            embeds = await self.embeddings(question(kind, request))
         except ValueError as e:
             raise HTTPException(400, str(e)) from e
+        except Exception as e:
+            traceback.print_exc()
+            raise HTTPException(500, "the documents could not be compressed: see the server's log") from e
         buffer = io.BytesIO()
         torch.save(embeds, buffer)
         data, model = base64.b64encode(buffer.getvalue()).decode(), self.modes.model
         del request["documents"]
-        if PATHS[path] == "chat":
+        if kind == "chat":
             request["messages"] = [dict(role="user", content=[dict(type="prompt_embeds", data=data)])]
             request["chat_template_kwargs"] = dict(whole_prompt=True)  # see export_generator()
         else:
             request |= dict(prompt=None, prompt_embeds=data)
-        request.setdefault("temperature", 0)
+        if request.get("temperature") is None:
+            request["temperature"] = 0
         if request.get("max_completion_tokens") is None and request.get("max_tokens") is None:
             request["max_tokens"] = model.config.answer_tokens
-        if not request.get("ignore_eos"):
-            request["stop_token_ids"] = [*model.stop_ids, *(request.get("stop_token_ids") or [])]
+        more = request.get("stop_token_ids") or []
+        if isinstance(more, list) and not request.get("ignore_eos"):
+            request["stop_token_ids"] = [*model.stop_ids, *more]
         return json.dumps(request).encode()
 
     async def embeddings(self, x):
@@ -159,23 +191,26 @@ class CompressDocuments:
 
 
 def export_generator(modes, folder):
-    """Makes the folder that vLLM serves, once for each training of the checkpoint."""
-    made_of, mark = file_sha256(f"{out_dir}/adapter_model.safetensors"), f"{folder}/made_of"
+    """Makes the folder that vLLM serves, once for each training of the checkpoint and each dtype."""
+    made_of, mark = f"{file_sha256(f'{out_dir}/adapter_model.safetensors')} {modes.dtype}", f"{folder}/made_of"
     if os.path.exists(folder):
         if not os.path.exists(mark):
             fail(f"{folder} is there already, and not made by serve.py: choose another --export")
         with open(mark) as f:
             if f.read() == made_of:
                 return
-        shutil.rmtree(folder)  # of a former training
     # embeddings are a whole prompt, to which the chat template is to add nothing
     tokenizer = modes.model.tokenizer
+    plain = (tokenizer.get_chat_template() if tokenizer.chat_template else
+             "{{ raise_exception('the generator has no chat template') }}")
     tokenizer.chat_template = (
         "{% if whole_prompt %}{% set c = messages[0]['content'] %}{{ c if c is string else c[0]['text'] }}{% else %}"
-        f"{tokenizer.chat_template or ''}{{% endif %}}")
-    modes.export(folder)
-    with open(mark, "w") as f:
-        f.write(made_of)
+        f"{plain}{{% endif %}}")
+    with replacing_folder(folder) as new:
+        modes.export(new)
+        with open(f"{new}/made_of", "w") as f:
+            f.write(made_of)
+    print(f"{folder}: {modes.model.config.generator} with the LoRA of {out_dir} merged", flush=True)
 
 
 def main():
@@ -185,10 +220,10 @@ def main():
     if importlib.util.find_spec("vllm") is None:
         fail("serve.py needs vLLM: docs/serving.md tells how to install it")
     compress_batch = settings.pop("compress_batch")
-    settings["dtype"] = settings["dtype"] or fast_dtype(device)
+    vllm_dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     folder = settings.pop("export") or f"{os.path.normpath(out_dir)}.generator"
     with fail_on(ValueError, OSError):
-        modes = Modes(**{**settings, "device": "cpu"})
+        modes = Modes(**{**settings, "device": "cpu", "dtype": vllm_dtype})
         if store:
             modes.open_store(store)
         export_generator(modes, folder)
@@ -196,8 +231,8 @@ def main():
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     os.environ["SCALEDOWN_SERVE"] = json.dumps(settings | dict(compress_batch=compress_batch))
     os.execv(sys.executable, [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", settings["dtype"],
-        "--served-model-name", "scaledown", "--enable-prompt-embeds", "--middleware",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", vllm_dtype,
+        "--served-model-name", "scaledown", "--enable-prompt-embeds", "--generation-config", "vllm", "--middleware",
         "serve.CompressDocuments", *sys.argv[end + 1:]])
 
 

@@ -118,6 +118,34 @@ def test_what_does_not_go_together(tmp_path, dataset):
         assert message in run("prepare.py", f"--dataset={dataset}", f"--examples={path}", *args, ok=False)
 
 
+def test_nothing_of_others_is_written_over(tmp_path, dataset, tiny):
+    path, folder = jsonl(tmp_path / "x.jsonl", PISCO), f"{ROOT}/data/{dataset}"
+    os.makedirs(folder)
+    shutil.copy(path, f"{folder}/train.jsonl")
+    args = "prepare.py", f"--dataset={dataset}"
+    assert "not made by this command" in run(*args, f"--examples={path}", ok=False)
+    os.rename(f"{folder}/train.jsonl", f"{folder}/mine.jsonl")
+    for source in (folder, f"{folder}/mine.jsonl"):
+        assert "is what would be written over" in run(*args, f"--examples={source}", ok=False)
+    run(*args, f"--examples={path}")
+    corpus = jsonl(tmp_path / "corpus.jsonl", [dict(_id="a", text="Mara keeps a hound.")])
+    queries = jsonl(tmp_path / "queries.jsonl", [dict(_id="q", text="who?", metadata=dict(answers=["Mara"]))])
+    assert "others have made (--examples)" in run(
+        *args, f"--corpus={corpus}", f"--queries={queries}", f"--generator={tiny('llama')}", f"--splade={tiny('splade')}",
+        "--reranker=", "--teacher=gold", "--device=cpu", "--dtype=float32", ok=False)
+    with open(f"{folder}/mine.jsonl") as f, open(path) as g:
+        assert f.read() == g.read()
+
+
+def test_one_example_at_least_is_for_validation(tmp_path, dataset):
+    args = "prepare.py", f"--dataset={dataset}", "--val_fraction=0.0"
+    path = jsonl(tmp_path / "x.jsonl", PISCO[:3] + [dict(PISCO[i], query=f"q{i}", mistral_label="") for i in range(20)])
+    run(*args, f"--examples={path}")
+    assert len(read(dataset)["val"]) == 1 and len(read(dataset)["train"]) == 2
+    path = jsonl(tmp_path / "y.jsonl", [dict(PISCO[0], mistral_label="")])
+    assert "holds no example with an answer" in run(*args, f"--examples={path}", "--overwrite=True", ok=False)
+
+
 def test_chunks_by_words():
     text = " ".join(f"w{i}" for i in range(250)) + "\n"
     chunks = chunk_by_words([("a", "Title", text), ("b", "Alone", ""), ("c", "", " ")], 100)

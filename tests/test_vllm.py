@@ -17,7 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/run makes an
 import requests
 import torch
 from conftest import CHATML, EXAMPLES, ROOT, save_tokenizer, sentence
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import lora
 from model import ScaleDown, ScaleDownConfig
@@ -35,6 +35,7 @@ def checkpoint(tmp_path_factory):
         vocab_size=V, hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.15, bos_token_id=3, eos_token_id=4,
     )).save_pretrained(f"{folder}/llama")
+    GenerationConfig(repetition_penalty=1.5, bos_token_id=3, eos_token_id=4).save_pretrained(f"{folder}/llama")
     model = ScaleDown(ScaleDownConfig(generator=f"{folder}/llama", num_layers=2, num_memory_tokens=3, answer_tokens=12))
     with torch.no_grad():
         for _, m in lora.layers(model.generator):
@@ -122,6 +123,8 @@ BROKEN = [
     (dict(messages=[dict(role="user", content=" ")]), 400, "the question is missing, empty or no text"),
     (dict(messages=[dict(role="user", content=[dict(type="image_url")])]), 400, "the question is missing, empty"),
     (dict(documents=["x"] * 900), 400, "are longer than the generator's 1024 positions"),
+    (dict(prompt_embeds="x"), 400, "prompt_embeds are what this server makes"),
+    (dict(messages=[dict(role="user", content=[dict(type="prompt_embeds", data="x")])]), 400, "prompt_embeds are what"),
     (dict(model="none"), 404, "does not exist"), (dict(max_tokens=-1), 400, "max_tokens"),
     (dict(temperature="hot"), 400, "temperature")]
 
@@ -151,6 +154,7 @@ def test_clients_that_leave_and_what_is_no_request_of_ours(server, checkpoint):
         reply = requests.post(f"{server[0]}/chat/completions", data=data, timeout=60, headers={
             "Authorization": "Bearer secret", "Content-Type": "application/json"})
         assert reply.status_code == 400, reply.text
+    assert "prompt_embeds are what" in post(server, "completions", dict(model="scaledown", prompt_embeds="x")).text
     # without documents it is vLLM as ever: the generator's own chat template
     plain = post(server, "chat/completions", dict(model="scaledown", max_tokens=3, temperature=0,
                                                   messages=[dict(role="user", content="who is it?")])).json()
