@@ -100,8 +100,13 @@ def load_tensors(path, own):
         tensors = load_file(path)
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged: {e}") from e
+    must_fit(path, tensors, own)
+    return tensors
+
+
+def must_fit(path, tensors, own):
+    """Raises ValueError unless the tensors of a file have the names and shapes of `own`."""
     for name in sorted(own.keys() | tensors.keys()):
         there, here = (tuple(t[name].shape) if name in t else "missing" for t in (tensors, own))
         if there != here:
             raise ValueError(f"{path} does not fit this model: {name} is {there} there and {here} here")
-    return tensors

@@ -20,7 +20,7 @@ import torch
 
 from checkpoint import find_folders
 from configurator import configure, fail, fail_on, first_line
-from files import replacing_folder
+from files import must_fit, replacing_folder
 from lora import layers
 from model import ScaleDown, ScaleDownConfig
 
@@ -44,7 +44,7 @@ def find_checkpoint():
 
     try:
         return snapshot_download(checkpoint, allow_patterns=["config.json", "*.pth", "compressor/*.pth"])
-    except Exception as e:  # a name that is none, no network, a model behind a form: each an exception of its own
+    except Exception as e:  # an unknown name, no network, a model that must be requested: each raises another
         fail(f"{checkpoint} is neither a folder nor to be had from the hub: {first_line(e)}")
 
 
@@ -102,16 +102,15 @@ def load(folder, name):
 
 def copy(own, theirs, path):
     """Copies tensors into those of the same names, which must have their shapes."""
-    for name in sorted(own.keys() | theirs.keys()):
-        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (theirs, own))
-        if there != here:
-            raise ValueError(f"{path} does not fit {model.config.generator}: {name} is {there} there and {here} here")
+    must_fit(path, theirs, own)
     for name, tensor in own.items():
         tensor.copy_(theirs[name])
 
 
-def copy_adapter(pairs, name, path):
-    """pairs: for each adapted layer A and B."""
+def copy_adapter(pairs, name):
+    """Copies an adapter of adapters.pth. pairs: A and B of each adapted layer."""
+    path = f"{folder}/adapters.pth"
+    adapters = load(folder, "adapters.pth")
     if name not in adapters:
         raise ValueError(f"{path} holds no {name}")
     own = {f"{layer}.lora_{part}.weight": t for (layer, _), pair in zip(layers(model.generator), pairs)
@@ -122,10 +121,9 @@ def copy_adapter(pairs, name, path):
 def special_rows(folder):
     """The embeddings (l + 3, d) of <MEM0> .. <MEM(l-1)>, <AE>, <ENC>, <SEP>, which stand after those of the generator's
     own tokens. Those were not trained: where they differ, the generator is another one."""
-    path = f"{folder}/decoder_first_last_layers.pth"
     table = load(folder, "decoder_first_last_layers.pth").get("model.embed_tokens.weight")  # (n + l + 3, d)
     if table is None:
-        raise ValueError(f"{path} holds no model.embed_tokens.weight")
+        raise ValueError(f"{folder}/decoder_first_last_layers.pth holds no model.embed_tokens.weight")
     n, ours = len(model.tokenizer), model.generator.get_input_embeddings().weight  # (V, d)
     same = (table.shape == (n + model.config.num_memory_tokens + 3, ours.shape[1])
             and torch.allclose(table[:n].float(), ours[:n].float(), rtol=1e-2, atol=1e-5))
@@ -140,7 +138,7 @@ def copy_compressor(folder, rows):
     if model.config.compressor_type == "pisco.PISCOCompressor":
         c.memory_tokens.copy_(rows[:l])
         c.enc_token.copy_(rows[-2:-1])
-        return copy_adapter([*zip(c.lora_A, c.lora_B)], "encoder_adapter", f"{folder}/adapters.pth")
+        return copy_adapter([*zip(c.lora_A, c.lora_B)], "encoder_adapter")
     path = f"{folder}/compressor/compressor.pth"
     tensors = {name.removeprefix("custom_model.").removeprefix("model."): t
                for name, t in load(folder, "compressor/compressor.pth").items() if "lm_head" not in name}
@@ -162,12 +160,10 @@ with torch.no_grad(), fail_on(ValueError, OSError):
         fail(f"{out_dir} is there already: choose another --out_dir, or delete it")
     folder = find_checkpoint()
     config = make_config(read_settings(folder), folder)
-    adapters = load(folder, "adapters.pth")
     model = ScaleDown(config, dtype="auto")  # the generator in the dtype of its files
     rows = special_rows(folder)
     model.sep.copy_(rows[-1:])
-    pairs = [(m.lora_A, m.lora_B) for _, m in layers(model.generator)]
-    copy_adapter(pairs, "decoder_adapter", f"{folder}/adapters.pth")
+    copy_adapter([(m.lora_A, m.lora_B) for _, m in layers(model.generator)], "decoder_adapter")
     copy_compressor(folder, rows)
     os.makedirs(os.path.dirname(os.path.abspath(out_dir)), exist_ok=True)
     with replacing_folder(out_dir) as new:

@@ -36,13 +36,12 @@ class LoRALinear(nn.Module):
         self.dropout = Dropout(dropout)
         self.alpha = alpha
         self.scaling = alpha / r
-        self.enabled = True
         self.merged = False
-        self.other = None  # A and B of another adapter, see other_adapter()
+        self.other = ()  # A and B in place of its own, or None, see other_adapter()
 
     def forward(self, x):
         y = self.base(x)
-        if self.merged or not self.enabled:
+        if self.merged or self.other is None:
             return y
         A, B = self.other or (self.lora_A, self.lora_B)
         h = self.scaling * F.linear(self.dropout(x), A.to(x.dtype))  # (..., r)
@@ -111,22 +110,9 @@ def must_not_be_merged(model):
 
 
 @contextmanager
-def adapter_off(model):
-    """Within it `model` is the frozen base model. Raises RuntimeError when the adapter is merged."""
-    must_not_be_merged(model)
-    for _, m in layers(model):
-        m.enabled = False
-    try:
-        yield
-    finally:
-        for _, m in layers(model):
-            m.enabled = True
-
-
-@contextmanager
 def other_adapter(model, pairs):
     """Within it `model` has another adapter of the same rank, alpha and dropout: pairs, A (r, in) and B (out, r) for
-    each of layers(model). Raises RuntimeError when its own is merged."""
+    each of layers(model), None for one without an update. Raises RuntimeError when its own is merged."""
     must_not_be_merged(model)
     for (_, m), pair in zip(layers(model), pairs):
         m.other = pair
@@ -134,7 +120,12 @@ def other_adapter(model, pairs):
         yield
     finally:
         for _, m in layers(model):
-            m.other = None
+            m.other = ()
+
+
+def adapter_off(model):
+    """Within it `model` is the frozen base model. Raises RuntimeError when the adapter is merged."""
+    return other_adapter(model, [None] * len(layers(model)))
 
 
 def save_lora(model, folder, base_model, tensors=None):

@@ -31,7 +31,6 @@ from array import array
 from collections import namedtuple
 from contextlib import suppress
 from datetime import timedelta
-from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 
@@ -52,7 +51,7 @@ from formats import read_documents, read_others_run, read_queries, read_run, run
 from parts import by_length, join_parts, make_parts, pad, part_size, parts_of, progress
 from pretrained import ModelError, load_config, load_model, load_tokenizer, longest_text, note
 from prompt import Prompt
-from public import copy_examples
+from public import copy_examples, fraction
 from splade import Splade, check_pooling, find_shards, search, shard_size, write_shard
 from teacher import Teacher
 
@@ -385,8 +384,8 @@ def make_examples(folder):
     passages, asked = Corpus(folder), {x["_id"]: x for x in load_queries(folder)}
     with open(f"{folder}/teacher.jsonl", "rb") as f:
         answers = {x["_id"]: x["answer"] for x in map(json.loads, f) if x["answer"]}
-    fraction = {id: int(sha256(asked[id]["text"].encode()).hexdigest()[:8], 16) / 2**32 for id in answers}
-    limit = max(val_fraction, min(fraction.values(), default=0))  # at least one query is for validation
+    fractions = {id: fraction(asked[id]["text"]) for id in answers}
+    limit = max(val_fraction, min(fractions.values(), default=0))  # at least one query is for validation
     counts = dict(train=0, val=0, queries_without_answer=0, fewer_documents=0)
     with replacing(f"{folder}/val.jsonl") as val, replacing(f"{folder}/train.jsonl") as train:
         for id, hits in progress("examples", iterable=read_run(f"{folder}/run.rerank.trec"), total=len(asked), unit=""):
@@ -399,8 +398,8 @@ def make_examples(folder):
                      reranking_scores=[score for _, score in hits])
             if asked[id]["metadata"]["answers"]:
                 x["answers"] = asked[id]["metadata"]["answers"]
-            counts["val" if fraction[id] <= limit else "train"] += 1
-            (val if fraction[id] <= limit else train).write(to_line(x))
+            counts["val" if fractions[id] <= limit else "train"] += 1
+            (val if fractions[id] <= limit else train).write(to_line(x))
         made = counts["train"] + counts["val"] + counts["queries_without_answer"]
         counts["queries_without_passage"] = len(asked) - made
         if not counts["train"]:
@@ -692,11 +691,11 @@ def copy_public():
 
 if __name__ == "__main__":
     settings = configure(globals())
-    if dataset == "toy" and not examples:
-        make_toy(settings)
-    elif examples:
+    if examples:
         with fail_on(OSError):
             copy_public()
+    elif dataset == "toy":
+        make_toy(settings)
     else:
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -73,7 +73,7 @@ class Prompt:
     """The parts of a prompt (see above), and the texts and token ids that are made with them. kept: the parts() of a
     prompt that was rendered before, to be used as it was. style: see chat_messages(). Raises what render() raises."""
 
-    after_special = False  # the question is tokenised as it stands after a special token (the authors' SEP), see ids()
+    after_special = False  # the question is tokenised as it stands after a special token (the authors' SEP)
 
     def __init__(self, tokenizer, with_documents=True, kept=None, style="scaledown"):
         self.tokenizer, self.plain = tokenizer, plain_text(tokenizer)

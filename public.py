@@ -17,20 +17,20 @@ from formats import examples_of, to_line
 from parts import progress
 
 
-def table_rows(source, where):
+def table_rows(name):
     """Yields the examples of a Parquet file or of a data set of the hub. Exits with one line that names a broken row,
     by its number from 0."""
-    datasets = import_or_fail("datasets", f"examples={source}")
+    datasets = import_or_fail("datasets", f"examples={name}")
     datasets.disable_progress_bars()
     try:
-        table = (datasets.load_dataset("parquet", data_files=where, split="train") if where else
-                 datasets.load_dataset(source, split="train"))
-    except Exception as e:  # no network, a damaged file, a name that is none: each an exception of its own
-        fail(f"{where or source} cannot be loaded: {first_line(e)}")
+        table = (datasets.load_dataset("parquet", data_files=name, split="train") if os.path.exists(name) else
+                 datasets.load_dataset(name, split="train"))
+    except Exception as e:  # no network, a damaged file, an unknown name: each raises another
+        fail(f"{name} cannot be loaded: {first_line(e)}")
     for i, row in enumerate(table):
         for x in examples_of(row):
             if wrong := check_example(x, need_answer=True, need_scores=False):
-                fail(f"{where or source}, row {i}: {wrong}")
+                fail(f"{name}, row {i}: {wrong}")
             yield x
 
 
@@ -38,7 +38,7 @@ def read_examples(source):
     """Yields the examples of a file (.parquet, or JSON Lines, or one JSON list), of all such files in a folder, or of a
     data set of the Hugging Face hub. Exits with one line that names file and row of a broken one."""
     if not os.path.exists(source):
-        yield from table_rows(source, "")
+        yield from table_rows(source)
         return
     files = [source]
     if os.path.isdir(source):
@@ -47,16 +47,17 @@ def read_examples(source):
         fail(f"{source} holds no .jsonl, .json or .parquet file")
     for path in files:
         if path.endswith(".parquet"):
-            yield from table_rows(source, path)
+            yield from table_rows(path)
             continue
         with fail_on(ValueError, OSError):
             examples = Examples(path)
         yield from map(examples.__getitem__, range(len(examples)))
 
 
-def fraction(x):
-    """A number from 0 to 1 that depends on the query alone: the same query is never both trained on and validated."""
-    return int(sha256(x["query"].encode()).hexdigest()[:8], 16) / 2**32
+def fraction(query):
+    """A number from 0 to 1 that depends on the query's text alone: an example is for validation where it is small, so
+    that no query is both trained on and validated, and none changes sides when others come or go."""
+    return int(sha256(query.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def copy_examples(folder, source, val_fraction, overwrite):
@@ -69,21 +70,20 @@ def copy_examples(folder, source, val_fraction, overwrite):
             fail(f"{folder} was made with other settings: --overwrite=True makes it anew, another --dataset keeps both")
         print(f"{folder}: there already")
         return
-    fractions, counts = array("d"), dict(train=0, val=0, without_answer=0)
     if not os.path.exists(manifest) and any(os.path.exists(f"{folder}/{kind}.jsonl") for kind in ("train", "val")):
         fail(f"{folder} holds examples that are not made by this command: choose another --dataset")
     if os.path.realpath(folder) in [os.path.realpath(source), *map(str, Path(os.path.realpath(source)).parents)]:
         fail(f"{source} is what would be written over: choose another --dataset")
+    fractions, counts = array("d"), dict(train=0, val=0, without_answer=0)
     for x in progress("checking", iterable=read_examples(source), unit=""):
         if x["answer"].strip():
-            fractions.append(fraction(x))
+            fractions.append(fraction(x["query"]))
     if not fractions:
         fail(f"{source} holds no example with an answer")
     limit = max(val_fraction, min(fractions))  # at least one is for validation
-    os.makedirs(folder, exist_ok=True)
     with replacing(f"{folder}/val.jsonl") as val, replacing(f"{folder}/train.jsonl") as train:
         for x in progress("examples", iterable=read_examples(source), unit=""):
-            kind = "without_answer" if not x["answer"].strip() else "val" if fraction(x) <= limit else "train"
+            kind = "without_answer" if not x["answer"].strip() else "val" if fraction(x["query"]) <= limit else "train"
             counts[kind] += 1
             if kind != "without_answer":
                 (val if kind == "val" else train).write(to_line(x))

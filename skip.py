@@ -47,8 +47,7 @@ class SkipNLayersCompressor(NLayersCompressor):
 
     def forward(self, **batch):
         h, scores = super().forward(**batch)  # (B, k, l, d)
-        with torch.no_grad():
-            x = self.generator[0].get_input_embeddings()(batch["doc_ids"])
+        x = self.generator[0].get_input_embeddings()(batch["doc_ids"])
         mean = slice_means(x, batch["doc_mask"], h.shape[2])
         mean, h = (F.rms_norm(t.float(), t.shape[-1:]) for t in (mean, h))
         return self.generator_std * (self.skip_gain * mean + self.layers_gain * h), scores

@@ -413,7 +413,7 @@ def test_generate_leaves_the_model_as_it_was(tiny, examples):
     x = examples[0]
     first = [model.generate([x["query"]], [x["documents"]], 5, mode=m) for m in ("compressed", "full", "compressed")]
     assert first[0] == first[2] and model.training and model.compressor.backbone.training
-    assert all(m.enabled for _, m in lora.layers(model.generator))
+    assert all(m.other == () for _, m in lora.layers(model.generator))
 
 
 def test_bad_questions(tiny):

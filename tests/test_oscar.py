@@ -116,7 +116,7 @@ def test_pisco_has_one_copy_of_the_weights(tiny_oscar):
     assert sum(p.numel() for p in model.parameters()) == plain.num_parameters() + 2 * adapter + tokens
     before = [p.clone() for _, m in layers(model.generator) for p in (m.lora_A, m.lora_B)]
     model.compress(["x"], [["a document"]])
-    assert all(m.other is None for _, m in layers(model.generator))
+    assert all(m.other == () for _, m in layers(model.generator))
     assert all(map(torch.equal, before, [p for _, m in layers(model.generator) for p in (m.lora_A, m.lora_B)]))
 
 

@@ -3,6 +3,7 @@ installed (.ci/run makes an environment for it)."""
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -75,8 +76,6 @@ def chat(x, **more):
 
 
 def questions(n):
-    import random
-
     rng = random.Random(0)
     return [dict(query=f"{sentence(rng, rng.randint(1, 12))}?",
                  documents=[sentence(rng, rng.randint(1, 60)) for _ in range(rng.randint(1, 5))]) for _ in range(n)]
