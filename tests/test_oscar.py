@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import EXAMPLES, jsonl, metrics, run, torchrun
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import generate
@@ -105,6 +105,23 @@ def test_memory_prompt_logits_and_answers_are_the_authors(tiny_oscar, kind, tmp_
     for b in range(2):
         logits = exported(inputs_embeds=x[b:b + 1, mask[b]]).logits[:, -1]
         torch.testing.assert_close(logits[0, :n], theirs["logits"][b, :n], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_tokens_are_the_rows_after_the_tokenisers(tiny_oscar, kind):
+    """Which the cases do not tell: the rows of a tiny checkpoint are nearly equal."""
+    model = ScaleDown.from_pretrained(f"{tiny_oscar}/imported/{kind}", dtype=torch.float32)
+    l, folder = model.config.num_memory_tokens, f"{tiny_oscar}/checkpoints/{kind}"
+    rows = torch.load(f"{folder}/decoder_first_last_layers.pth", weights_only=True)["model.embed_tokens.weight"]
+    *memory, _, enc, sep = rows[len(model.tokenizer):]  # the one that is left out is <AE>
+    assert torch.equal(model.sep, sep[None])
+    if kind == "pisco":
+        assert torch.equal(model.compressor.memory_tokens, torch.stack(memory))
+        assert torch.equal(model.compressor.enc_token, enc[None])
+    else:
+        weights = torch.load(f"{folder}/compressor/compressor.pth", weights_only=True)
+        table = next(t for name, t in weights.items() if name.endswith("embed_tokens.weight"))
+        assert torch.equal(model.compressor.memory_tokens, table[-l:])
 
 
 def test_pisco_has_one_copy_of_the_weights(tiny_oscar):
@@ -216,7 +233,16 @@ def settings(**changes):
     return change
 
 
+def other_weights(copy):
+    """Another generator of the same shape."""
+    path = f"{copy}/../../base/mistral/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"] *= 1.1
+    save_file(tensors, path, metadata=dict(format="pt"))
+
+
 @pytest.mark.parametrize("kind, change, message", [
+    ("oscar_mistral", other_weights, "was trained with another generator than"),
     ("oscar_mistral", lambda c: os.remove(f"{c}/config.json"), "it has no config.json"),
     ("oscar_mistral", lambda c: os.remove(f"{c}/compressor/mlp.pth"), "it has no compressor/mlp.pth"),
     ("oscar_mistral", lambda c: os.truncate(f"{c}/adapters.pth", 5000), "adapters.pth is damaged: "),
