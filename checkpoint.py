@@ -47,8 +47,8 @@ def save_weights(model, folder, tensors=None):
 
 def load_weights(model, folder):
     """Loads the weights of a checkpoint into a model, and the prompt that they were trained with; RR stays as it is
-    where the checkpoint has none. Raises ValueError when they are of another backbone, of other sizes or another
-    lora_alpha, OSError when there is no checkpoint."""
+    where the checkpoint has none, and of a checkpoint of another mode the LoRA is all that is loaded. Raises ValueError
+    when they are of another backbone, of other sizes or another lora_alpha, OSError when there is no checkpoint."""
     saved, settings = read_config(folder, type(model.config))
     for part, now in model.identities.items():
         then = saved[f"{part}_identity"]
@@ -64,7 +64,10 @@ def load_weights(model, folder):
     own = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("generator.")}
     if not settings["enable_reranking"]:
         own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
-    tensors = load_tensors(f"{folder}/compressor.safetensors", own)
+    if settings["mode"] != c.mode:
+        note(f"{folder} was trained with mode={settings['mode']}: of it only the LoRA is loaded")
+        own = {}
+    tensors = load_tensors(f"{folder}/compressor.safetensors", own) if own else {}
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(tensors[name])

@@ -39,6 +39,7 @@ out_dir = "out/toy/best"  # a checkpoint
 generator = ""  # where the checkpoint's generator lies now, if it has moved
 compressor_model = ""  # likewise
 data = ""  # a file of examples: answers them all and prints scores
+mode = ""  # one way to answer alone: compressed, fine-tuned, reranked, full or none; empty: all that the checkpoint has
 max_samples = 0  # of data; 0 = all
 candidates = 0  # the first n documents of a question; 0 = all
 keep = 0  # .. and of them, for the answer, the n most relevant, and the first n; 0 = all
@@ -196,7 +197,7 @@ def evaluate(examples):
     """Answers in every mode and prints the scores, with 95% confidence intervals, also as JSON."""
     rows = [{name: x[name] for name in ("_id", "query") if name in x} | {"references": references(x)} for x in examples]
     scores = {}
-    for mode in modes.names:
+    for mode in names:
         found = answer_all(mode, examples)
         if found is None:
             continue
@@ -229,6 +230,9 @@ with fail_on(ValueError, OSError):
         judge_model = load_model(AutoModelForCausalLM, judge, dtype=modes.dtype).to(modes.model.device).eval()
     if store and not compress:
         modes.open_store(store)
+names = [name for name in modes.names if mode in ("", name)]
+if not names:
+    fail(f"mode is one of {out_dir}'s, {', '.join(modes.names)}, not '{mode}'")
 if compile:
     modes.model.decoder.compile()
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]

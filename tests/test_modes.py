@@ -77,6 +77,10 @@ def test_a_run_on_the_text_is_resumed_shared_out_and_evaluated(job, tmp_path):
                                                "--mode=none", "--max_iters=11", ok=False)
     out = run("evaluate.py", f"--out_dir={tmp_path / 'one/best'}", f"--data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=float32")
     assert json.loads(out.splitlines()[-1]).keys() == {"fine-tuned", "full", "none"}
+    one = [f"--out_dir={tmp_path / 'one/best'}", f"--data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=float32"]
+    scores = json.loads(out.splitlines()[-1])
+    assert json.loads(run("evaluate.py", *one, "--mode=none").splitlines()[-1]) == {"none": scores["none"]}
+    assert "is one of" in run("evaluate.py", *one, "--mode=compressed", ok=False)
     out = run("sample.py", f"--out_dir={tmp_path / 'one/best'}", f"--val_data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=float32")
     assert "\nfine-tuned" in out
     assert "it compresses nothing" in run("bench.py", f"--runs={tmp_path / 'one'}", ok=False)
@@ -91,6 +95,23 @@ def test_only_the_lora_learns_on_the_text(tiny):
     model = build(tiny("llama"), "full")
     assert not [*model.compressor.parameters()] and not model.sep.requires_grad
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_a_compressor_begins_next_to_a_lora_trained_on_the_text(tiny, tmp_path):
+    text, compressed = build(tiny("llama"), "full"), build(tiny("llama"), "compressed", num_layers=2)
+    text.save(tmp_path / "text")
+    with torch.no_grad():
+        for _, m in layers(compressed.generator):
+            m.lora_B.zero_()
+    compressor = {name: p.clone() for name, p in compressed.compressor.named_parameters()}
+    compressed.load(tmp_path / "text")
+    for (_, a), (_, b) in zip(layers(text.generator), layers(compressed.generator)):
+        assert torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_B, b.lora_B)
+    assert all(torch.equal(p, compressor[name]) for name, p in compressed.compressor.named_parameters())
+    compressed.save(tmp_path / "compressed")
+    text.load(tmp_path / "compressed")  # and the other way round
+    with pytest.raises(ValueError, match="lora_alpha"):
+        build(tiny("llama"), "compressed", num_layers=2, lora_alpha=8).load(tmp_path / "text")
 
 
 def test_compare_pairs_the_same_questions(tmp_path):
