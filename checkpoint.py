@@ -56,21 +56,24 @@ def load_weights(model, folder):
         if then and now and any(then[key] != now[key] for key in then.keys() & now.keys()):
             raise ValueError(f"the checkpoint {folder} was trained with another {part}: its is {then}, this is {now}")
     c = model.config
-    for name in ["lora_alpha", "compressor_layout", "prompt_style", "sep_after_last"] + ["compressor_norm"] * (
-            c.compressor_type == "n_layers"):
+    same_mode = settings["mode"] == c.mode
+    must_equal = ["lora_alpha", "prompt_style"]
+    if same_mode:
+        must_equal += ["compressor_layout", "sep_after_last"] + ["compressor_norm"] * (c.compressor_type == "n_layers")
+    for name in must_equal:
         if settings[name] != getattr(c, name):
             raise ValueError(f"the checkpoint {folder} was trained with {name}={settings[name]}, this is "
                              f"{getattr(c, name)}")
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("generator.")}
-    if not settings["enable_reranking"]:
-        own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
-    if settings["mode"] != c.mode:
+    if same_mode:
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("generator.")}
+        if not settings["enable_reranking"]:
+            own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
+        tensors = load_tensors(f"{folder}/compressor.safetensors", own)
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(tensors[name])
+    else:
         note(f"{folder} was trained with mode={settings['mode']}: of it only the LoRA is loaded")
-        own = {}
-    tensors = load_tensors(f"{folder}/compressor.safetensors", own) if own else {}
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(tensors[name])
     load_lora(model.generator, folder)
     if saved["prompt"]:
         model.use_prompt(saved["prompt"])
