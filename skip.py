@@ -8,7 +8,7 @@ to which the layers learn to add:
     slices      a b c d | e f g h
     memory      mean(a b c d) + what the layers make of MEM_1, mean(e f g h) + what they make of MEM_2
 
-What the layers of a small model make, alone, is read late and little (docs/results.md): their hidden states lie far
+What the layers of a small model make, alone, is read late and little (docs/ladder.md): their hidden states lie far
 from the generator's embeddings and close to one another. (Our own, not the paper's.)
 """
 
