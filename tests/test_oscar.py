@@ -107,21 +107,33 @@ def test_memory_prompt_logits_and_answers_are_the_authors(tiny_oscar, kind, tmp_
         torch.testing.assert_close(logits[0, :n], theirs["logits"][b, :n], atol=1e-4, rtol=0)
 
 
+def copied(folder, tmp_path, kind):
+    shutil.copytree(f"{folder}/checkpoints/{kind}", f"{tmp_path}/checkpoints/{kind}")
+    shutil.copytree(f"{folder}/base", f"{tmp_path}/base")
+    return f"{tmp_path}/checkpoints/{kind}"
+
+
+def with_other_rows(path, n):
+    """Makes the last n rows of a file's embeddings random (those of tiny checkpoints are equal) -> the rows."""
+    tensors = torch.load(path, weights_only=True)
+    table = next(t for name, t in tensors.items() if name.endswith("embed_tokens.weight"))
+    with torch.no_grad():
+        table[-n:] = torch.randn(n, table.shape[1])
+    torch.save(tensors, path)
+    return table[-n:].detach()
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_learned_tokens_are_the_rows_after_the_tokenisers(tiny_oscar, kind):
-    """Which the cases do not tell: the rows of a tiny checkpoint are nearly equal."""
-    model = ScaleDown.from_pretrained(f"{tiny_oscar}/imported/{kind}", dtype=torch.float32)
-    l, folder = model.config.num_memory_tokens, f"{tiny_oscar}/checkpoints/{kind}"
-    rows = torch.load(f"{folder}/decoder_first_last_layers.pth", weights_only=True)["model.embed_tokens.weight"]
-    *memory, _, enc, sep = rows[len(model.tokenizer):]  # the one that is left out is <AE>
-    assert torch.equal(model.sep, sep[None])
-    if kind == "pisco":
-        assert torch.equal(model.compressor.memory_tokens, torch.stack(memory))
-        assert torch.equal(model.compressor.enc_token, enc[None])
-    else:
-        weights = torch.load(f"{folder}/compressor/compressor.pth", weights_only=True)
-        table = next(t for name, t in weights.items() if name.endswith("embed_tokens.weight"))
-        assert torch.equal(model.compressor.memory_tokens, table[-l:])
+def test_each_learned_token_has_its_row(tiny_oscar, kind, tmp_path):
+    copy = copied(tiny_oscar, tmp_path, kind)
+    l = ScaleDown.from_pretrained(f"{tiny_oscar}/imported/{kind}").config.num_memory_tokens
+    *memory, _, enc, sep = with_other_rows(f"{copy}/decoder_first_last_layers.pth", l + 3)  # _ is <AE>
+    if kind != "pisco":
+        memory = with_other_rows(f"{copy}/compressor/compressor.pth", l)
+    run("import_oscar.py", f"--checkpoint={copy}", f"--out_dir={tmp_path}/out")
+    model = ScaleDown.from_pretrained(f"{tmp_path}/out", dtype=torch.float32)
+    assert torch.equal(model.sep, sep[None]) and torch.equal(model.compressor.memory_tokens, torch.stack([*memory]))
+    assert kind != "pisco" or torch.equal(model.compressor.enc_token, enc[None])
 
 
 def test_pisco_has_one_copy_of_the_weights(tiny_oscar):
@@ -214,9 +226,7 @@ def test_both_layouts_and_prompts_can_be_trained_from_scratch(tiny_oscar):
 # ---- what cannot be imported
 
 def damaged(folder, tmp_path, kind, change):
-    copy = f"{tmp_path}/checkpoints/{kind}"
-    shutil.copytree(f"{folder}/checkpoints/{kind}", copy)
-    shutil.copytree(f"{folder}/base", f"{tmp_path}/base")
+    copy = copied(folder, tmp_path, kind)
     change(copy)
     err = run("import_oscar.py", f"--checkpoint={copy}", f"--out_dir={tmp_path}/out", ok=False)
     assert not os.path.exists(f"{tmp_path}/out")
@@ -248,6 +258,7 @@ def other_weights(copy):
     ("oscar_mistral", lambda c: os.truncate(f"{c}/adapters.pth", 5000), "adapters.pth is damaged: "),
     ("oscar_mistral", settings(compr_rate="DELETE"), "is not of an OSCAR or PISCO model: it has no compr_rate"),
     ("oscar_mistral", settings(quantization="int4"), "has quantization=int4: only no is supported"),
+    ("oscar_mistral", settings(sep=False), "has sep=False: only True is supported"),
     ("oscar_mistral", settings(lora_r=8), "down_proj.lora_A.weight is (16, 160) there and (8, 160) here"),
     ("oscar_mistral", settings(decoder_model_name="base/qwen"), "was trained with another generator than"),
     ("oscar_mistral", settings(decoder_model_name="base/none"), "base/none cannot be loaded"),

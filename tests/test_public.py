@@ -56,7 +56,7 @@ def test_rows_are_read_under_our_names(tmp_path):
     no_answer = dict(question="who?", docs=["x"])
     assert [*Examples(jsonl(tmp_path / "no.jsonl", [no_answer]), need_answer=False)] == [
         dict(query="who?", documents=["x"])]
-    for x in EXAMPLES:
+    for x in [*EXAMPLES, dict(query="who?", question="another's", documents=["x"], docs=["y"], answer="z")]:
         assert examples_of(x) == [x]
 
 

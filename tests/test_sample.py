@@ -146,6 +146,8 @@ def test_the_best_candidates_by_relevance(ranker, asked):
     scores = json.loads(out.splitlines()[-1])
     assert scores.keys() == {"compressed", "none", "ndcg@10"} and scores["ndcg@10"].keys() == {"given"}
     assert "full        left out: prompt and answer (" in out
+    out = run("evaluate.py", f"--out_dir={ranker}", f"--data={folder}/long.jsonl", "--mode=full", *CPU, ok=False)
+    assert "prompt and answer (" in out and "left out" not in out
 
 
 def test_memory_from_a_store(tiny, asked, tmp_path):
