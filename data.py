@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import fail
-from distributed import print0
+from distributed import host_sum, print0, rank, run_script
 from files import read_lines
 from formats import examples_of
 from pretrained import load_tokenizer
@@ -224,13 +224,19 @@ class Chunks(Documents):
 
 
 def open_data(c):
-    """train_data and val_data of a run of train.py with the settings c. Exits with one line where they cannot be used,
-    and says it when reranking_scores are so large that the loss of the answers is lost next to theirs."""
+    """train_data and val_data of a run of train.py with the settings c; of the toy, what is missing is made. Exits with
+    one line where they cannot be used, and says it when reranking_scores are so large that the loss of the answers is
+    lost next to theirs."""
     if c["task"] not in ("answer", "pretrain"):
         fail(f"task is answer or pretrain, not '{c['task']}'")
     if c["task"] == "pretrain" and (c["enable_reranking"] or c["sample_at_end"] or c["mode"] != "compressed"):
         fail("task=pretrain has neither scores to learn, nor a question to end with, nor a text to answer from: "
              "enable_reranking, sample_at_end and mode are for the run that begins with it")
+    toy = [part for part, path in (("examples", c["train_data"]), ("encoders", c["compressor_model"]))
+           if path.startswith("data/toy/") and not os.path.exists(path)]
+    if toy and rank == 0:
+        run_script("data/toy/prepare.py", parts=",".join(toy))
+    host_sum(0)  # the others wait for it
     try:
         if c["task"] == "pretrain":
             tokenizer = load_tokenizer(c["generator"])

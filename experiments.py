@@ -201,8 +201,10 @@ if __name__ == "__main__":
     if table not in TABLES:
         fail(f"table is one of {', '.join(TABLES)}, not '{table}'")
     os.makedirs(out_dir, exist_ok=True)
-    if not all(map(os.path.exists, ("data/toy/train.jsonl", "data/toy/qrels.test.tsv", "data/toy/decoder"))):
+    if not all(map(os.path.exists, ("data/toy/train.jsonl", "data/toy/qrels.test.tsv"))):
         run("prepare.py", "--dataset=toy")
+    if not os.path.exists("data/toy/decoder"):
+        run("data/toy/prepare.py", "--parts=encoders")
     print(TABLES[table].__doc__, end="\n\n")
     for number, row in enumerate(islice(TABLES[table](), rows + 1 if rows else None)):  # the first row is the head
         print(f"| {' | '.join(map(str, row))} |", flush=True)

@@ -116,9 +116,6 @@ autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, dtype=t
 peak_tflops = peak_tflops or peak_tflops_here(kind, dtype)
 
 # data
-if train_data.startswith("data/toy/") and not os.path.exists(train_data) and rank == 0:
-    distributed.run_script("data/toy/prepare.py")
-host_sum(0)  # the others wait for it
 train_set, val_set = open_data(config)
 examples_per_step = batch_size * gradient_accumulation_steps
 step_examples = StepExamples(train_set, examples_per_step, seed, world)

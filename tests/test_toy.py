@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ import pytest
 import regex
 import tiktoken
 from transformers import AutoTokenizer
+
+import data
 
 ROOT = Path(__file__).resolve().parent.parent
 world = SimpleNamespace(**runpy.run_path(str(ROOT / "data" / "toy" / "prepare.py")))
@@ -87,7 +90,10 @@ def test_the_toy_in_short(short):
 
 def test_the_toy_has_settings_of_its_own(short, tmp_path):
     """data/toy/prepare.py makes the same files alone, by the same settings."""
-    python(tmp_path, ROOT / "data" / "toy" / "prepare.py", *SHORT)
+    script = ROOT / "data" / "toy" / "prepare.py"
+    python(tmp_path, script, *SHORT, "--parts=examples")
+    assert not (tmp_path / "data/toy/encoder").exists()
+    python(tmp_path, script, *SHORT, "--parts=encoders")
     made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     assert Path("data/toy/decoder/model.safetensors") in made and Path("data/toy/qrels.val.tsv") in made
     for path in made:
@@ -96,7 +102,29 @@ def test_the_toy_has_settings_of_its_own(short, tmp_path):
     assert done.returncode == 1 and done.stderr == "error: llm_steps must be at least 1, not 0\n"
 
 
+def test_train_makes_of_the_toy_what_is_missing(tmp_path, monkeypatch):
+    """config/toy.py takes no encoder, which are a quarter of the work."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(data, "run_script", lambda name, **settings: started.append((name, settings)))
+    c = dict(task="answer", enable_reranking=False, val_data="data/toy/val.jsonl")
+    example = '{"query": "q", "documents": ["d"], "answer": "a"}\n'
+    for folder, compressor_model, parts in (("data/toy", "answerdotai/ModernBERT-base", "examples"),
+                                            ("data/toy", "data/toy/encoder", "examples,encoders"),
+                                            ("mine", "data/toy/encoder", "encoders"), ("mine", "x", None)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        if folder == "mine":
+            (tmp_path / "mine/train.jsonl").write_text(example)
+            (tmp_path / "mine/val.jsonl").write_text(example)
+        c |= dict(train_data=f"{folder}/train.jsonl", val_data=f"{folder}/val.jsonl", compressor_model=compressor_model)
+        started.clear()
+        with suppress(SystemExit):  # nothing was made
+            data.open_data(c)
+        assert started == ([("data/toy/prepare.py", dict(parts=parts))] if parts else [])
+
+
 @pytest.mark.parametrize("script, wrong, says", [
+    ("data/toy/prepare.py", "--parts=llm", "parts is examples, encoders or both, not 'llm'"),
     ("data/toy/prepare.py", "--llm_steps=0", "llm_steps must be at least 1, not 0"), ("train.py", "--task=x", "task is answer or pretrain, not 'x'")])
 def test_training_the_toy_takes_no_numba_and_no_requests(script, wrong, says):
     """Both scripts come to look at their settings, which they do after all their imports."""

@@ -38,9 +38,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's own files
 
 from compressor import left_pad
-from configurator import at_least, configure
+from configurator import at_least, configure, fail, fail_on
 from metrics import mean_scores
-from pretrained import decoder_layers
+from pretrained import decoder_layers, load_tokenizer
 from prompt import Prompt
 from teacher import generate_answers
 
@@ -51,6 +51,7 @@ val_examples = 500
 test_examples = 500
 llm_steps = 300  # to train the language model ..
 encoder_steps = 250  # .. and the encoders
+parts = "examples,encoders"  # what to make: the language model and its examples; the encoders, next to an LLM
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":
     configure(globals())
@@ -253,15 +254,21 @@ def write_split(split, examples):
 
 if __name__ == "__main__":
     at_least(globals(), seed=0, llm_steps=1, encoder_steps=1, train_examples=1, val_examples=1, test_examples=1)
-    # train.py takes train.jsonl as the sign that the toy is complete: it goes first and comes back last
-    Path("data/toy/train.jsonl").unlink(missing_ok=True)
-    rng = random.Random(seed)
-    tokenizer = make_tokenizer("data/toy/llm", rng)
-    train_encoder("data/toy/encoder", tokenizer, ModernBertModel, ModernBertConfig, cls_token="<|cls|>",
-                  sep_token="<|sep|>", pad_token="<|end|>", mask_token="<|assistant|>")
-    train_encoder("data/toy/decoder", tokenizer, LlamaModel, LlamaConfig, bos_token="<|cls|>", pad_token="<|end|>",
-                  mask_token="<|assistant|>")
-    llm = train_llm(tokenizer, rng)
-    llm.save_pretrained("data/toy/llm")
-    for split, n in (("test", test_examples), ("val", val_examples), ("train", train_examples)):
-        write_split(split, draw_split(rng, split, n, llm, tokenizer))
+    if not parts or not {*parts.split(",")} <= {"examples", "encoders"}:
+        fail(f"parts is examples, encoders or both, not '{parts}'")
+    if "examples" in parts:
+        # train.py takes train.jsonl as the sign that the toy is complete: it goes first and comes back last
+        Path("data/toy/train.jsonl").unlink(missing_ok=True)
+        rng = random.Random(seed)
+        tokenizer = make_tokenizer("data/toy/llm", rng)
+        llm = train_llm(tokenizer, rng)
+        llm.save_pretrained("data/toy/llm")
+        for split, n in (("test", test_examples), ("val", val_examples), ("train", train_examples)):
+            write_split(split, draw_split(rng, split, n, llm, tokenizer))
+    if "encoders" in parts:
+        with fail_on(ValueError):
+            tokenizer = load_tokenizer("data/toy/llm")
+        train_encoder("data/toy/encoder", tokenizer, ModernBertModel, ModernBertConfig, cls_token="<|cls|>",
+                      sep_token="<|sep|>", pad_token="<|end|>", mask_token="<|assistant|>")
+        train_encoder("data/toy/decoder", tokenizer, LlamaModel, LlamaConfig, bos_token="<|cls|>", pad_token="<|end|>",
+                      mask_token="<|assistant|>")
