@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from configurator import fail, first_line
 from distributed import print0
-from files import file_sha256, load_tensors, replacing, replacing_folder
+from files import file_sha256, must_fit, read_tensors, replacing, replacing_folder
 from lora import load_lora, save_lora
 from pretrained import ModelError, note
 
@@ -65,10 +65,15 @@ def load_weights(model, folder):
             raise ValueError(f"the checkpoint {folder} was trained with {name}={settings[name]}, this is "
                              f"{getattr(c, name)}")
     if same_mode:
+        path = f"{folder}/compressor.safetensors"
+        tensors = read_tensors(path)
+        # a released compressor has embeddings of its own, and so has one of ours from before they were frozen
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad or name in tensors)
         own = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("generator.")}
         if not settings["enable_reranking"]:
             own = {name: p for name, p in own.items() if not name.startswith(("compressor.rr_", "compressor.score_"))}
-        tensors = load_tensors(f"{folder}/compressor.safetensors", own)
+        must_fit(path, tensors, own)
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(tensors[name])

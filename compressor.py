@@ -152,13 +152,15 @@ class BackboneCompressor(Compressor):
 class NLayersCompressor(BackboneCompressor):
     """The first num_layers layers of the generator, with no head (paper, section 3: "OSCAR-N-Layers"). compressor_norm:
     with its final norm (the authors' released class drops it, and nothing scales: memory is then three times as large
-    for SmolLM2). Raises what pretrained.first_layers() raises."""
+    for SmolLM2). Their input embeddings stay the generator's: to train them as well, 28M weights next to 35M of ten
+    layers of SmolLM2's, gave nothing (docs/ladder.md). Raises what pretrained.first_layers() raises."""
 
     layouts = dict(scaledown=Layout, oscar=TextLayout)
 
     def __init__(self, config, generator):
         backbone = pretrained.first_layers(config.generator, config.num_layers, config.compressor_norm)
         super().__init__(config, generator, config.generator, backbone)
+        self.backbone.get_input_embeddings().requires_grad_(False)
 
 
 class ModernBERTCompressor(BackboneCompressor):

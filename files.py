@@ -93,13 +93,18 @@ def read_lines(file):
         yield rest
 
 
-def load_tensors(path, own):
-    """The tensors of a safetensors file, which must have the names and shapes of `own` (a dict of tensors). Raises
-    ValueError for a broken file or one that does not fit, OSError for a missing one."""
+def read_tensors(path):
+    """The tensors of a safetensors file. Raises ValueError for a broken file, OSError for a missing one."""
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged: {e}") from e
+
+
+def load_tensors(path, own):
+    """read_tensors() of a file that must have the names and shapes of `own` (a dict of tensors). Raises ValueError for
+    one that has not."""
+    tensors = read_tensors(path)
     must_fit(path, tensors, own)
     return tensors
 

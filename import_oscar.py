@@ -150,6 +150,7 @@ def copy_compressor(folder, rows):
     c.memory_tokens.copy_(table[-l:])
     tensors["embed_tokens.weight"] = torch.cat([table[:-l], embed[len(table) - l:]])  # theirs ends with the tokens
     copy(own, tensors, path)
+    c.backbone.get_input_embeddings().requires_grad_()  # theirs were trained, and are not the generator's any more
     if model.config.compressor_type == "modernbert":
         copy(c.projection.state_dict(), load(folder, "compressor/mlp.pth"), f"{folder}/compressor/mlp.pth")
         c.scale.fill_(1 / c.generator_std)  # theirs is not scaled

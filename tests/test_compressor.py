@@ -69,6 +69,7 @@ def test_packed_equals_separate_passes(tiny, name):
 
 def test_packed_gradients_equal_separate_ones(tiny):
     c = n_layers(tiny("llama"))
+    c.backbone.requires_grad_()  # embeddings as well
     read_out = torch.randn(3, 3, 32)
     memory, _ = c(**c.tokenize(QUERIES[:1], DOCUMENTS[:1], k=3))
     packed = torch.autograd.grad((memory[0] * read_out).sum(), [c.memory_tokens, *c.backbone.parameters()])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import CHATML, DECODER, EXAMPLES, save_tokenizer
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
@@ -197,9 +198,9 @@ def test_everything_trained_gets_a_gradient_and_nothing_else(tiny, examples):
     for kwargs in ({}, dict(compressor_model="bert"), dict(compressor_model="modernbert")):
         model = build(tiny, enable_reranking=True, **kwargs).train()
         model(model.collate(examples, 3))[0].backward()
-        unused = ("word_embeddings", "tok_embeddings", "embed_tokens", "pooler")  # rows of words that do not occur
+        unused = ("word_embeddings", "tok_embeddings", "pooler")  # rows of words that do not occur
         for name, p in model.named_parameters():
-            frozen = name.startswith("generator.") and "lora_" not in name
+            frozen = name.startswith("generator.") and "lora_" not in name or name == "compressor.backbone.embed_tokens.weight"
             assert p.requires_grad != frozen and (p.grad is None) == frozen, name
             assert frozen or p.grad.abs().sum() > 0 or any(u in name for u in unused), name
 
@@ -523,6 +524,27 @@ def test_nearest_tokens(tiny):
     assert {len(row) for row in nearest_tokens(model.generator, model.tokenizer, memory)[0][0]} == {5}
     rows = nearest_tokens(model.generator, model.tokenizer, memory, n=1)
     assert rows == [[[[model.tokenizer.decode([i]).strip()] for i in pair] for pair in ((10, 20), (30, 40))]]
+
+
+def test_the_first_layers_have_the_generators_embeddings_or_the_checkpoints_own(tiny, tmp_path):
+    """A released compressor has its own, and a checkpoint from before they were frozen: they are trained on."""
+    model, name = build(tiny), "compressor.backbone.embed_tokens.weight"
+    embed = model.get_parameter(name)
+    assert embed.equal(model.generator.get_input_embeddings().weight)
+    model.save(tmp_path / "ours")
+    embed.requires_grad_().data += 0.01
+    model.save(tmp_path / "theirs")
+    kept = {folder: load_file(tmp_path / folder / "compressor.safetensors") for folder in ("ours", "theirs")}
+    assert name not in kept["ours"] and kept["theirs"].keys() == {*kept["ours"], name}
+    for folder in ("ours", "theirs"):
+        other = build(tiny)
+        other.load(tmp_path / folder)
+        trained = [id(p) for group in other.configure_optimizers(1, 1, 0, (0.9, 0.999)).param_groups for p in group["params"]]
+        own = other.get_parameter(name)
+        assert own.equal(embed) == (id(own) in trained) == (folder == "theirs")
+        other.save(tmp_path / "again")
+        again = load_file(tmp_path / "again" / "compressor.safetensors")
+        assert again.keys() == kept[folder].keys() and all(t.equal(kept[folder][key]) for key, t in again.items())
 
 
 @pytest.mark.parametrize("compressor_type", ["n_layers", "modernbert"])
