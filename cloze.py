@@ -16,7 +16,7 @@ import os
 import random
 
 from configurator import at_least, configure, fail, fail_on
-from data import Documents, Examples
+from data import Chunks, Documents, Examples
 from files import replacing
 from metrics import read_qrels
 
@@ -32,20 +32,19 @@ seed = 0
 # -----------------------------------------------------------------------------
 
 
-def cloze(rng, passage, most_words):
-    """An example of a passage {"title", "text"} or str; None where it has too few words for what was drawn."""
-    title, text = (passage.get("title"), passage["text"]) if isinstance(passage, dict) else (None, passage)
-    words, kind = text.split(), rng.random()
+def cloze(rng, passage):
+    """An example of a passage {"title", "text"}; None where it has too few words for what was drawn."""
+    words, kind = passage["text"].split(), rng.random()
     if kind < 0.25:
         n = min(len(words), rng.randint(4, 24))
         start = rng.randrange(len(words) - n + 1)
         piece = " ".join(words[start:start + n])
-        return dict(query="Repeat it.", documents=[piece], answer=piece)
+        return dict(query=Chunks.REPEAT, documents=[piece], answer=piece)
     if len(words) < 12:
         return None
     start = rng.randrange(max(1, len(words) - most_words + 1))
     words = words[start:start + most_words]
-    documents = [dict(title=title, text=" ".join(words))]
+    documents = [dict(title=passage.get("title"), text=" ".join(words))]
     if kind < 0.5:
         m, n = rng.randint(2, 6), rng.randint(1, 8)
         start = rng.randrange(len(words) - m)
@@ -65,7 +64,7 @@ def cloze(rng, passage, most_words):
 def draw(rng, passages, n):
     """n lines of examples."""
     while n:
-        if x := cloze(rng, rng.choice(passages), most_words):
+        if x := cloze(rng, rng.choice(passages)):
             yield json.dumps(x) + "\n"
             n -= 1
 
@@ -75,16 +74,18 @@ if __name__ == "__main__":
     at_least(globals(), examples=1, repeats=1, most_words=12, seed=0)
     if not corpus or not out:
         fail("cloze.py takes --corpus=FILE and --out=FOLDER")
+    if os.path.exists(f"{out}/train.jsonl"):
+        fail(f"{out}/train.jsonl is there already: choose another --out, or delete it")
     with fail_on(OSError, ValueError):
         left_out = {name for found in read_qrels(leave_out).values() for name in found} if leave_out else set()
-        passages = [d for d in Documents(corpus) if not isinstance(d, dict) or d.get("_id") not in left_out]
+        passages = [d if isinstance(d, dict) else dict(text=d) for d in Documents(corpus)]
+        passages = [d for d in passages if (d["text"] or "").strip() and d.get("_id") not in left_out]
         others = Examples(mix) if mix else []
-    if sum(len((d["text"] if isinstance(d, dict) else d).split()) >= 12 for d in passages) < 200:
-        fail(f"{corpus} has fewer than 200 passages of 12 words or more")
-    rng = random.Random(seed)
-    rng.shuffle(passages)
-    os.makedirs(out, exist_ok=True)
-    with fail_on(OSError):
+        if len(passages) < 200:
+            fail(f"{corpus} has {len(passages)} passages to ask about: at least 200 are needed, 100 of them to validate")
+        rng = random.Random(seed)
+        rng.shuffle(passages)
+        os.makedirs(out, exist_ok=True)
         with replacing(f"{out}/val.jsonl", "w") as f:
             f.writelines(draw(rng, passages[:100], 256))
         with replacing(f"{out}/train.jsonl", "w") as f:

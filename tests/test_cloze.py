@@ -17,7 +17,7 @@ def read(path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     here = tmp_path_factory.mktemp("cloze")
-    jsonl(here / "corpus.jsonl", PASSAGES)
+    jsonl(here / "corpus.jsonl", [dict(_id="t1", title="A title alone", text=None), dict(_id="t2", title="Another", text=" "), *PASSAGES])
     jsonl(here / "mine.jsonl", [dict(query="who?", documents=["Ann sang."], answer="Ann", answers=["Ann"])])
     args = ["cloze.py", f"--corpus={here}/corpus.jsonl", f"--mix={here}/mine.jsonl", "--repeats=3", "--examples=2000"]
     for out in ("all", "again"):
@@ -69,11 +69,14 @@ def test_what_is_written(made):
 
 @pytest.mark.parametrize("args, says", [
     (["--out=x"], "cloze.py takes --corpus=FILE and --out=FOLDER"), (["--corpus=gone", "--out=x"], "gone does not exist"),
-    (["--corpus=few", "--out=x"], "few has fewer than 200 passages of 12 words or more"),
+    (["--corpus=few", "--out=x"], "few has 199 passages to ask about: at least 200 are needed, 100 of them to validate"),
+    (["--corpus=corpus.jsonl", "--out=all"], "all/train.jsonl is there already: choose another --out, or delete it"),
     (["--corpus=corpus.jsonl", "--mix=few", "--out=x"], "few, line 1: broken JSON"),
     (["--corpus=corpus.jsonl", "--leave_out=few", "--out=x"], "few, line 1: not query-id, corpus-id, score between tabs")])
 def test_errors(made, args, says):
     made, _ = made
     (made / "few").write_text("a passage of twelve words or more that stands in a file\n" * 199)
-    args = [a.replace("=few", f"={made}/few").replace("=corpus", f"={made}/corpus") for a in args]
-    assert says in run("cloze.py", *args, ok=False) and not (made / "x").exists()
+    before = (made / "all" / "train.jsonl").read_bytes()
+    args = [a.replace("=", f"={made}/") for a in args]
+    assert says in run("cloze.py", *args, ok=False)
+    assert not (made / "x").exists() and (made / "all" / "train.jsonl").read_bytes() == before
