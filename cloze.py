@@ -82,7 +82,7 @@ if __name__ == "__main__":
         passages = [d for d in passages if (d["text"] or "").strip() and d.get("_id") not in left_out]
         others = Examples(mix) if mix else []
         if len(passages) < 200:
-            fail(f"{corpus} has {len(passages)} passages to ask about: at least 200 are needed, 100 of them to validate")
+            fail(f"{corpus} has {len(passages)} passages to ask about, of at least 200: 100 are to validate")
         rng = random.Random(seed)
         rng.shuffle(passages)
         os.makedirs(out, exist_ok=True)

@@ -69,7 +69,7 @@ def test_what_is_written(made):
 
 @pytest.mark.parametrize("args, says", [
     (["--out=x"], "cloze.py takes --corpus=FILE and --out=FOLDER"), (["--corpus=gone", "--out=x"], "gone does not exist"),
-    (["--corpus=few", "--out=x"], "few has 199 passages to ask about: at least 200 are needed, 100 of them to validate"),
+    (["--corpus=few", "--out=x"], "few has 199 passages to ask about, of at least 200: 100 are to validate"),
     (["--corpus=corpus.jsonl", "--out=all"], "all/train.jsonl is there already: choose another --out, or delete it"),
     (["--corpus=corpus.jsonl", "--mix=few", "--out=x"], "few, line 1: broken JSON"),
     (["--corpus=corpus.jsonl", "--leave_out=few", "--out=x"], "few, line 1: not query-id, corpus-id, score between tabs")])
