@@ -1,14 +1,14 @@
 """
 Training examples made of passages alone, for a compressor that has too few questions to learn to read from:
 
-    python cloze.py --corpus=corpus.jsonl --examples=20000 --mix=data/mine/train.jsonl --repeats=3 --out=data/mixed
+    python cloze.py --corpus=data/mine/corpus.jsonl --mix=data/mine/train.jsonl --repeats=3 --out=data/mixed
 
 A query asks for a part of its one passage: half of them for the words in a gap, a quarter for the words that follow
 some others, a quarter for a short piece as it is. Answering takes what a real question takes, to find the place and to
 hand it over, and a corpus has as many such examples as one likes. (Our own; docs/ladder.md tells what they give.)
 
 writes out/train.jsonl, the examples of `mix` as often as `repeats` says and then the new ones, and out/val.jsonl, 256
-new ones of 100 passages that train.jsonl has nothing of.
+more of 100 other passages. The new ones have no reranking_scores: they are not for enable_reranking.
 """
 
 import json
@@ -18,15 +18,15 @@ import random
 from configurator import at_least, configure, fail, fail_on
 from data import Chunks, Documents, Examples
 from files import replacing
-from metrics import read_qrels
+from metrics import judged_id, read_qrels
 
 # -----------------------------------------------------------------------------
-corpus = ""  # BEIR's corpus.jsonl, or a file of plain text, a passage a line
+corpus = ""  # BEIR's or prepare.py's corpus.jsonl, or a file of plain text, a passage a line
 examples = 20000  # how many to make
 mix = ""  # a file of examples to put before them
 repeats = 1  # how often
 leave_out = ""  # BEIR's qrels of the questions to test with: their passages are left out
-most_words = 85  # of a passage; about 128 tokens
+most_words = 85  # of a passage; of Wikipedia, where doc_tokens is 128, 4% of the answers are cut off then
 out = ""  # a folder
 seed = 0
 # -----------------------------------------------------------------------------
@@ -61,10 +61,15 @@ def cloze(rng, passage):
     return dict(query=" ".join([*before, "___", *after]), documents=documents, answer=answer)
 
 
-def draw(rng, passages, n):
-    """n lines of examples."""
+def passage(documents, i):
+    d = documents[i]
+    return d if isinstance(d, dict) else dict(text=d)
+
+
+def draw(rng, documents, numbers, n):
+    """n lines of examples of the documents with these numbers."""
     while n:
-        if x := cloze(rng, rng.choice(passages)):
+        if x := cloze(rng, passage(documents, rng.choice(numbers))):
             yield json.dumps(x) + "\n"
             n -= 1
 
@@ -74,22 +79,26 @@ if __name__ == "__main__":
     at_least(globals(), examples=1, repeats=1, most_words=12, seed=0)
     if not corpus or not out:
         fail("cloze.py takes --corpus=FILE and --out=FOLDER")
-    if os.path.exists(f"{out}/train.jsonl"):
-        fail(f"{out}/train.jsonl is there already: choose another --out, or delete it")
+    for name in "train", "val":
+        if os.path.exists(f"{out}/{name}.jsonl"):
+            fail(f"{out}/{name}.jsonl is there already: choose another --out, or delete it")
     with fail_on(OSError, ValueError):
-        left_out = {name for found in read_qrels(leave_out).values() for name in found} if leave_out else set()
-        passages = [d if isinstance(d, dict) else dict(text=d) for d in Documents(corpus)]
-        passages = [d for d in passages if (d["text"] or "").strip() and d.get("_id") not in left_out]
-        others = Examples(mix) if mix else []
-        if len(passages) < 200:
-            fail(f"{corpus} has {len(passages)} passages to ask about, of at least 200: 100 are to validate")
+        judged = {id for found in read_qrels(leave_out).values() for id in found} if leave_out else set()
+        documents, others = Documents(corpus), Examples(mix) if mix else []
+        passages = [i for i in range(len(documents)) if (passage(documents, i)["text"] or "").strip()]
+        kept = [i for i in passages if judged_id(str(passage(documents, i).get("_id")), judged) not in judged]
+        if judged and len(kept) == len(passages):
+            fail(f"{leave_out} names no passage of {corpus}: their \"_id\"s are to be those of its second column")
+        if len(kept) < 200:
+            fail(f"{corpus} has {len(kept)} passages to ask about, of at least 200: 100 are to validate")
         rng = random.Random(seed)
-        rng.shuffle(passages)
+        rng.shuffle(kept)
         os.makedirs(out, exist_ok=True)
         with replacing(f"{out}/val.jsonl", "w") as f:
-            f.writelines(draw(rng, passages[:100], 256))
+            f.writelines(draw(rng, documents, kept[:100], 256))
         with replacing(f"{out}/train.jsonl", "w") as f:
             for _ in range(repeats):
                 f.writelines(json.dumps(x) + "\n" for x in others)
-            f.writelines(draw(rng, passages[100:], examples))
-    print(f"{out}: {repeats * len(others):,} examples of yours and {examples:,} new ones to train, 256 to validate")
+            f.writelines(draw(rng, documents, kept[100:], examples))
+    print(f"{out}: {repeats * len(others):,} examples of yours and {examples:,} new ones to train, 256 to validate; "
+          f"{len(passages) - len(kept):,} passages left out")

@@ -1,5 +1,5 @@
 """
-Training examples and documents on disk, memory that was made before, checksums, and the scores of answers and rankings.
+Training examples and documents on disk, and memory of documents that was made before.
 
 An example is one JSON object: {"query": str, "documents": [str or {"title", "text"}, ...], "answer": str,
 "reranking_scores": [float, ...]?, "answers": [gold str, ...]?}; a file is JSON Lines or one JSON list. The names that
@@ -175,12 +175,14 @@ class Documents(Examples):
     """The documents of a file of JSON, {"title", "text"} objects or strings, or, one a line, of plain text. Empty ones
     are left out, which a line on stderr says.
 
-    Raises what Examples raises."""
+    Raises what Examples raises, and ValueError for a .tsv file."""
 
     kind, rows = "documents", staticmethod(lambda x: [x])
     is_empty = staticmethod(lambda x: not document_text(x))
 
     def __init__(self, path):
+        if path.endswith(".tsv"):
+            raise ValueError(f"{path}: columns; prepare.py makes a corpus.jsonl of them, which can be read here")
         if not path.endswith((".jsonl", ".json", ".ndjson")) and not self.begins_as_json(path):
             self.parse = lambda line: line.decode("utf-8-sig").strip()
         self.read(path, lambda x: None if is_document(x) else "neither a text nor an object with 'title' and 'text'")
@@ -264,21 +266,25 @@ def check_questions(queries, documents=None):
 
 
 def with_documents_of_others(examples):
-    """Every example with the documents of the one that stands half the list away; none of a single one."""
-    half = len(examples) // 2
-    others = examples[half:] + examples[:half] if half else []
-    return [{**x, "documents": other["documents"]} for x, other in zip(examples, others)]
+    """Every example with the documents of the one that stands half the list away, or of the next one that shares no
+    document with it; none of a single one."""
+    n, half, found = len(examples), len(examples) // 2, []
+    for i, x in enumerate(examples if half else []):
+        others = [examples[(i + half + j) % n]["documents"] for j in range(n - 1)]
+        found.append({**x, "documents": next((o for o in others if not any(d in x["documents"] for d in o)), others[0])})
+    return found
 
 
-def text_length(x):
-    """What tells examples apart in length; documents are mostly cut to doc_tokens."""
-    return len(x["query"] + x["answer"])
+def example_size(x):
+    """What tells examples apart in the padding that they need next to others; documents are mostly cut to
+    doc_tokens."""
+    return len(x["documents"]), len(x["query"] + x["answer"])
 
 
 class StepExamples:
     """The examples of every training step: item `step` is a list of (number in the data set, example). Every epoch is a
     permutation that depends on the seed alone, so that a resumed run and any number of processes see the same examples
-    at the same step. Within the step they are sorted by length, so that a micro-batch holds little padding."""
+    at the same step. Within the step they are sorted by size, so that a micro-batch holds little padding."""
 
     def __init__(self, examples, per_step, seed, world_size):
         self.examples, self.per_step, self.seed, self.world_size, self.orders = examples, per_step, seed, world_size, {}
@@ -292,7 +298,7 @@ class StepExamples:
     def __getitem__(self, step):
         n = len(self.examples)
         numbers = [int(self.order(i // n)[i % n]) for i in range(step * self.per_step, (step + 1) * self.per_step)]
-        return sorted(((i, self.examples[i]) for i in numbers), key=lambda pair: text_length(pair[1]))
+        return sorted(((i, self.examples[i]) for i in numbers), key=lambda pair: example_size(pair[1]))
 
 
     def describe(self, step, losses, norm, batch_size):

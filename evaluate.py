@@ -29,7 +29,7 @@ from compressor import left_pad
 from configurator import at_least, configure, fail, fail_on
 from data import Documents, Examples, Store, document_text
 from files import file_sha256, replacing
-from metrics import describe, ndcg, read_qrels, references, score, trec_order
+from metrics import describe, judged_id, ndcg, read_qrels, references, score, trec_order
 from modes import Modes
 from pretrained import load_model, load_tokenizer, plain_text
 from prompt import render, with_system
@@ -42,7 +42,7 @@ data = ""  # a file of examples: answers them all and prints scores
 mode = ""  # one way to answer alone: compressed, fine-tuned, reranked, full or none; empty: all that the checkpoint has
 max_samples = 0  # of data; 0 = all
 candidates = 0  # the first n documents of a question; 0 = all
-keep = 0  # .. and of them, for the answer, the n most relevant, and the first n; 0 = all
+keep = 0  # answer twice, from the n most relevant of them and from the first n; 0 = once, from all
 qrels = ""  # BEIR's, for nDCG@10 of data: queries and documents there have an "_id"
 answers = ""  # data's answers with the references, as JSON Lines; default: next to out_dir
 judge = ""  # an LLM that grades data's answers, by name or folder
@@ -136,8 +136,7 @@ def ranking_scores(examples):
     for x in examples:
         if not isinstance(x.get("_id"), str) or x["_id"] not in relevance:
             continue
-        # prepare.py calls the chunks of a document ID#0, ID#1, ..: where the qrels know ID alone, its best chunk counts
-        ids = [id if id in known else id.rpartition("#")[0] or id for id in (d["_id"] for d in x["documents"])]
+        ids = [judged_id(d["_id"], known) for d in x["documents"]]  # of a document its best chunk counts
         orders = dict(given=range(len(ids)), reranked=x.get("relevance") and trec_order(ids, x["relevance"]))
         if x.get("reranking_scores"):
             orders["teacher"] = trec_order(ids, x["reranking_scores"])

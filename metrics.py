@@ -87,6 +87,11 @@ def read_qrels(path):
     return qrels
 
 
+def judged_id(id, judged):
+    """What qrels over the ids `judged` call a passage: prepare.py names the chunks of a document ID#0, ID#1, .."""
+    return id if id in judged else id.rpartition("#")[0] or id
+
+
 def trec_order(ids, scores):
     """Indices of documents, best first, as trec_eval ranks them: by score in float32, equals by id, descending."""
     return sorted(range(len(ids)), key=lambda i: (np.float32(scores[i]), ids[i]), reverse=True)

@@ -2,8 +2,8 @@
 The ways in which a checkpoint answers questions, next to one another:
 
     compressed  from the documents' memory, made now or taken from a store
-    fine-tuned  in place of it, of a checkpoint trained with mode=full or none: from what it was trained on
-    reranked    .. of the documents that the compressor finds most relevant alone
+    reranked    the same, of only the documents that the compressor finds most relevant
+    fine-tuned  in place of both, where the checkpoint was trained with mode=full or none: from what it was trained on
     full, none  the same generator without its adapter, from the documents' full text, or without any
 """
 

@@ -27,7 +27,7 @@ query = ""  # a question of your own ..
 docs = ""  # .. with a file of documents: one a line, or (.jsonl) strings or {"title", "text"} objects
 val_data = "data/toy/val.jsonl"  # without query: one question from here
 candidates = 0  # the first n documents of a question; 0 = all
-keep = 0  # .. and of them, for the answer, the n most relevant, and the first n; 0 = all
+keep = 0  # answer twice, from the n most relevant of them and from the first n; 0 = once, from all
 store = ""  # a folder with the documents' memory (evaluate.py --compress)
 show_memory = False  # the vocabulary tokens nearest to each memory embedding
 max_new_tokens = 0  # 0 = the checkpoint's answer_tokens

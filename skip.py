@@ -31,23 +31,22 @@ def slice_means(x, mask, l):
 
 
 class SkipNLayersCompressor(NLayersCompressor):
-    """Both parts are as large as the generator's embeddings, the layers' part a tenth of that at first; from there on
-    their sizes are learned, for every number of each memory embedding. Raises ValueError where the generator's layers
-    cannot be packed."""
+    """Both parts are scaled to the size of the generator's embeddings, and multiplied by learned gains, one for each
+    dimension of each memory embedding: 1 at first for the mean, 0.1 for what the layers make. Raises ValueError where
+    the generator's layers cannot be packed."""
 
     def __init__(self, config, generator):
         super().__init__(config, generator)
         if not self.packed:
             raise ValueError(f"{config.generator} cannot be read packed, which SkipNLayersCompressor needs")
         embed, l = generator.get_input_embeddings(), config.num_memory_tokens
-        self.generator = [generator]  # in a list: it is not the compressor's to save
         self.generator_std = embedding_std(embed)
         self.skip_gain = nn.Parameter(torch.ones(l, embed.embedding_dim))
         self.layers_gain = nn.Parameter(torch.full((l, embed.embedding_dim), 0.1))
 
     def forward(self, **batch):
         h, scores = super().forward(**batch)  # (B, k, l, d)
-        x = self.generator[0].get_input_embeddings()(batch["doc_ids"])
+        x = self.backbone.get_input_embeddings()(batch["doc_ids"])  # the generator's
         mean = slice_means(x, batch["doc_mask"], h.shape[2])
         mean, h = (F.rms_norm(t.float(), t.shape[-1:]) for t in (mean, h))
         return self.generator_std * (self.skip_gain * mean + self.layers_gain * h), scores

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed
 from checkpoint import Checkpoints
 from configurator import at_least, configure, fail, fail_on, import_or_fail
-from data import StepExamples, open_data, text_length, with_documents_of_others
+from data import StepExamples, example_size, open_data, with_documents_of_others
 from distributed import host_sum, print0
 from files import file_sha256
 from flops import StepFlops, Throughput, describe_entry, describe_parameters, peak_tflops_here
@@ -121,8 +121,8 @@ examples_per_step = batch_size * gradient_accumulation_steps
 step_examples = StepExamples(train_set, examples_per_step, seed, world)
 steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
 val_examples = [val_set[i] for i in range(min(eval_examples, len(val_set)))]
-samples = sorted(val_examples[:eval_samples], key=text_length)
-val_examples.sort(key=text_length)  # like next to like: less padding
+samples = sorted(val_examples[:eval_samples], key=example_size)
+val_examples.sort(key=example_size)  # like next to like: less padding
 strangers = with_documents_of_others(val_examples) if mode != "none" else []
 static_shapes = kind in ("xla", "neuron")  # devices that compile what they run get batches of one shape
 if static_shapes and mode != "compressed":

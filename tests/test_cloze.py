@@ -24,7 +24,12 @@ def made(tmp_path_factory):
         run(*args, f"--out={here}/{out}")
     first = read(here / "all" / "train.jsonl")[3]["answer"].split("-")[0]  # w and the passage's number
     (here / "qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\nq1\tp{first[1:]}\t1\n")
-    run(*args, f"--leave_out={here}/qrels.tsv", f"--out={here}/rest")
+    said = run(*args, f"--leave_out={here}/qrels.tsv", f"--out={here}/rest")
+    assert said.strip().endswith("256 to validate; 1 passages left out")
+    # as prepare.py writes the corpus, every passage as the first chunk of a document
+    jsonl(here / "chunks.jsonl", [{**p, "_id": p["_id"] + "#0"} for p in PASSAGES])
+    args[1] = f"--corpus={here}/chunks.jsonl"
+    run(*args, f"--leave_out={here}/qrels.tsv", f"--out={here}/chunks")
     return here, f"{first}-"
 
 
@@ -63,19 +68,25 @@ def test_what_is_written(made):
     assert len(titles[0]) > 100 and not titles[0] & titles[1]
     for name in ("train", "val"):
         assert (made / "all" / f"{name}.jsonl").read_bytes() == (made / "again" / f"{name}.jsonl").read_bytes()
-    texts = [[(made / folder / f"{name}.jsonl").read_text() for name in ("train", "val")] for folder in ("all", "rest")]
-    assert left_out in texts[0][0] and not any(left_out in text for text in texts[1])
+    texts = [[(made / folder / f"{name}.jsonl").read_text() for name in ("train", "val")] for folder in ("all", "rest", "chunks")]
+    assert left_out in texts[0][0] and not any(left_out in text for text in texts[1]) and texts[1] == texts[2]
 
 
 @pytest.mark.parametrize("args, says", [
     (["--out=x"], "cloze.py takes --corpus=FILE and --out=FOLDER"), (["--corpus=gone", "--out=x"], "gone does not exist"),
     (["--corpus=few", "--out=x"], "few has 199 passages to ask about, of at least 200: 100 are to validate"),
     (["--corpus=corpus.jsonl", "--out=all"], "all/train.jsonl is there already: choose another --out, or delete it"),
+    (["--corpus=corpus.jsonl", "--out=validate"], "validate/val.jsonl is there already: choose another --out, or delete it"),
+    (["--corpus=corpus.jsonl", "--leave_out=others.tsv", "--out=x"], "others.tsv names no passage of"),
+    (["--corpus=others.tsv", "--out=x"], "others.tsv: columns; prepare.py makes a corpus.jsonl of them"),
     (["--corpus=corpus.jsonl", "--mix=few", "--out=x"], "few, line 1: broken JSON"),
     (["--corpus=corpus.jsonl", "--leave_out=few", "--out=x"], "few, line 1: not query-id, corpus-id, score between tabs")])
 def test_errors(made, args, says):
     made, _ = made
     (made / "few").write_text("a passage of twelve words or more that stands in a file\n" * 199)
+    (made / "others.tsv").write_text("q1\tgone\t1\n")
+    (made / "validate").mkdir(exist_ok=True)
+    (made / "validate" / "val.jsonl").touch()
     before = (made / "all" / "train.jsonl").read_bytes()
     args = [a.replace("=", f"={made}/") for a in args]
     assert says in run("cloze.py", *args, ok=False)

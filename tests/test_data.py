@@ -7,7 +7,7 @@ import pytrec_eval
 from transformers import AutoTokenizer
 
 from configurator import configure
-from data import Chunks, Examples
+from data import Chunks, Examples, StepExamples, with_documents_of_others
 from metrics import mean_scores, ndcg, score, trec_order
 
 GOOD = dict(query="who?", documents=["a", {"title": "T", "text": "b"}], answer="x", reranking_scores=[1, 2.5], answers=["x"])
@@ -155,6 +155,24 @@ def test_files_are_read_by_what_is_in_them(tmp_path):
     broken = "\r".join([lines[0], '{"query": "q"}', ""])
     with pytest.raises(ValueError, match="d.jsonl, line 2: no documents"):
         Examples(write(tmp_path / "d.jsonl", broken))
+
+
+def test_a_step_goes_from_few_documents_to_many_and_from_short_to_long():
+    rows = [dict(query="q" * (1 + 7 * i % 5), documents=["d"] * (1 + i % 3), answer="a") for i in range(40)]
+    steps = StepExamples(rows, 10, 0, 1)
+    for step in range(4):
+        sizes = [(len(x["documents"]), len(x["query"])) for _, x in steps[step]]
+        assert sizes == sorted(sizes) and len(set(sizes)) > 5
+    assert sorted(i for step in range(4) for i, _ in steps[step]) == [*range(40)]
+
+
+def test_other_documents_are_not_its_own():
+    examples = [dict(query=str(i), documents=documents) for i, documents in enumerate(["ab", "c", "de", "bf", "gh", "c"])]
+    shuffled = with_documents_of_others(examples)
+    assert [x["documents"] for x in shuffled] == ["gh", "gh", "c", "c", "c", "de"]  # 3 and 4, 2 and 5 would share one
+    assert [x["query"] for x in shuffled] == [x["query"] for x in examples]
+    assert with_documents_of_others(examples[:1]) == []
+    assert [x["documents"] for x in with_documents_of_others([examples[1], examples[5]])] == ["c", "c"]
 
 
 def test_ties_are_ranked_as_trec_eval_ranks_them():
