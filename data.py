@@ -271,7 +271,8 @@ def with_documents_of_others(examples):
     n, half, found = len(examples), len(examples) // 2, []
     for i, x in enumerate(examples if half else []):
         others = [examples[(i + half + j) % n]["documents"] for j in range(n - 1)]
-        found.append({**x, "documents": next((o for o in others if not any(d in x["documents"] for d in o)), others[0])})
+        own = next((o for o in others if not any(d in x["documents"] for d in o)), others[0])
+        found.append({**x, "documents": own})
     return found
 
 

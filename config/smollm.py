@@ -1,5 +1,6 @@
-# The small real run (docs/ladder.md): SmolLM2-135M, its first 10 layers with a skip connection as compressor.
-# As it stands for a CPU, in 4 GB; on a GPU with --batch_size=64 --gradient_accumulation_steps=1
+# SmolLM2-135M, its first 10 layers with a skip connection as compressor; what it has given: docs/ladder.md, there with
+# one passage a question. In 4 GB of a CPU, where it takes a day; on a GPU with --batch_size=64
+# --gradient_accumulation_steps=1
 out_dir = "out/smollm"
 train_data = "data/train.jsonl"
 val_data = "data/val.jsonl"
@@ -13,7 +14,7 @@ answer_tokens = 64
 lora_dropout = 0.0
 batch_size = 2
 gradient_accumulation_steps = 32
-max_iters = 390  # 24,960 examples
+max_iters = 390  # 24,960 examples, however many train_data has
 generator_lr = 1e-3
 compressor_lr = 4e-4
 beta2 = 0.98
