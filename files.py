@@ -50,6 +50,7 @@ def replacing(path, mode="wb"):
 def replacing_folder(path, previous=None):
     """Within it the folder PATH.tmp is filled; with checksums, and on the disk, it gets its name. The folder that had
     it is kept as `previous`, or removed."""
+    path = os.path.normpath(path)
     new, old = f"{path}.tmp", previous or f"{path}.old"
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
@@ -81,7 +82,8 @@ def file_sha256(path):
 
 def read_lines(file):
     """The lines of a binary file, with their ends: LF, CR LF or, where its beginning has no LF, CR alone."""
-    head = file.peek(1 << 16)
+    start, head = file.tell(), file.read(1 << 20)
+    file.seek(start)
     if b"\n" in head or b"\r" not in head:
         yield from file
         return

@@ -49,16 +49,18 @@ def file_format(path):
 
 # what a header may call the columns of a .tsv
 COLUMNS = {name: key for key, names in dict(
-    _id="_id id docid doc_id did pid passage_id qid query_id query-id", url="url", title="title",
-    text="text body passage contents query question").items() for name in names.split()}
+    _id="_id id docid doc_id docno did pid passage_id corpus_id corpus-id qid query_id query-id", url="url",
+    title="title", text="text body passage contents passage_text query query_text question",
+).items() for name in names.split()}
 
 
 def columns_of(line):
-    """The names of a .tsv's columns, by its first line, and whether that is a header. Without one: id, text (and
-    title), as MS MARCO's passages and queries, or id, url, title, body, as its documents."""
+    """The names of a .tsv's columns, by its first line, and whether that is a header: a line of known names, or one
+    that begins with a name for an id. Without one: id, text (and title), as MS MARCO's passages and queries, or id,
+    url, title, body, as its documents."""
     cells = [cell.strip().lower() for cell in line.split("\t")]
-    if len(cells) > 1 and all(cell in COLUMNS for cell in cells):
-        return [COLUMNS[cell] for cell in cells], True
+    if len(cells) > 1 and (COLUMNS.get(cells[0]) == "_id" or all(cell in COLUMNS for cell in cells)):
+        return [COLUMNS.get(cell, cell) for cell in cells], True
     if len(cells) == 4 and re.match(r"https?://|www\.", cells[1]):
         return ["_id", "url", "title", "text"], False
     return ["_id", "text", "title"], False
@@ -76,7 +78,7 @@ def tsv_record(where, line, names, has_header):
     if len(cells) == 1:
         fail(f"{where}: no tab: a .tsv file holds id, text on a line")
     if len(cells) > len(names):
-        fail(f"{where}: {len(cells)} columns, of which the first line tells no more than "
+        fail(f"{where}: {len(cells)} columns, but the first line has only "
              f"{', '.join(name.strip('_') for name in names)}")
     return dict(zip(names, map(unquoted, cells) if has_header else cells))
 
@@ -100,6 +102,8 @@ def records(path, bar=None):
     if kind == "text":
         fail(f"{path}, line {number}: neither a JSON object nor columns between tabs")
     names, has_header = columns_of(first)
+    if kind == "tsv" and "text" not in names:
+        fail(f"{path}, line {number}: a header without a name for the text, such as text: {', '.join(names)}")
     for i, (number, line) in enumerate(lines(path, bar)):
         where = f"{path}, line {number}"
         if kind == "json":

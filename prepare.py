@@ -22,6 +22,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same digits with any num
 
 import fcntl
 import json
+import math
 import re
 import runpy
 import shutil
@@ -65,7 +66,7 @@ run = ""  # a TREC run over data/NAME/corpus.jsonl, in place of our own retrieva
 max_passages = 0  # only the first n documents of the corpus; 0 = all
 max_queries = 0  # only the first n queries; 0 = all
 # the models: a name of the hub or a folder
-generator = "mistralai/Mistral-7B-Instruct-v0.2"  # for which the data is made: its tokens count
+generator = "mistralai/Mistral-7B-Instruct-v0.2"  # the model to be trained: lengths count its tokens
 splade = "naver/splade-v3"  # any masked language model trained as SPLADE
 reranker = "naver/trecdl22-crossencoder-debertav3"  # any cross-encoder with one score; empty: retrieval's order, scores
 teacher = "mistralai/Mistral-7B-Instruct-v0.2"  # any causal LM; or gold: the queries' gold answers
@@ -247,9 +248,8 @@ def import_run(folder):
     order = np.lexsort((-score, query))  # stable
     bounds = np.searchsorted(query[order], np.arange(len(asked) + 1))
     lacking = [x["_id"] for x, n in zip(asked, np.diff(bounds)) if n == 0]
-    if lacking:
-        more = f" and {len(lacking) - 1:,} more" if lacking[1:] else ""
-        fail(f"{run}: no line for the query '{lacking[0]}'{more}")
+    if lacking:  # such as one of stop words alone, for BM25
+        print(f"{run}: no line for {len(lacking):,} of {len(asked):,} queries, such as '{lacking[0]}'")
     with replacing(f"{folder}/run.retrieval.trec") as f:
         for x, a, b in zip(asked, bounds, bounds[1:]):
             best = order[a:b][:top_k]
@@ -298,6 +298,9 @@ def make_reranked(folder):
         for id, hits in part:
             if model is not None:
                 hits = sorted(((p, next(scores)) for p, _ in hits), key=lambda hit: -hit[1])  # stable
+                if not all(math.isfinite(score) for _, score in hits):
+                    fail(f"reranker={reranker} gives no finite score in {encoder_dtype} for the query '{id}': "
+                         "--encoder_dtype=float32")
             f.write(run_lines(id, *zip(*hits[:num_documents]), "cross-encoder" if reranker else "retrieval"))
 
     n = make_parts(f"{folder}/run.rerank.trec.parts",
@@ -543,8 +546,14 @@ def begun(folder, name):
 def start_manifest(folder, settings):
     """The manifest of this run, with the stages of the former one that can stay. Exits when something was made with
     other settings, unless overwrite is True; then that goes, and what was made of it."""
-    former = {}
-    if os.path.exists(f"{folder}/manifest.json"):
+    former, files = {}, [f"{folder}/{file}" for stage in STAGES.values() for file in stage.files]
+    for name in ("corpus", "queries", "run"):
+        if globals()[name] and os.path.realpath(globals()[name]) in map(os.path.realpath, files):
+            fail(f"{name}: {globals()[name]} would be written over: choose another --dataset")
+    if not os.path.exists(f"{folder}/manifest.json"):
+        for file in filter(os.path.exists, files):
+            fail(f"{file} is not made by this command: choose another --dataset")
+    else:
         with open(f"{folder}/manifest.json", encoding="utf-8") as f:
             former = json.load(f).get("stages")
         if former is None:

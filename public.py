@@ -42,7 +42,9 @@ def read_examples(source):
         return
     files = [source]
     if os.path.isdir(source):
-        files = sorted(str(path) for path in Path(source).rglob("*") if path.suffix in (".jsonl", ".json", ".parquet"))
+        about = ("manifest.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+        files = sorted(str(path) for path in Path(source).rglob("*")
+                       if path.suffix in (".jsonl", ".json", ".parquet") and path.name not in about)
     if not files:
         fail(f"{source} holds no .jsonl, .json or .parquet file")
     for path in files:
@@ -55,22 +57,27 @@ def read_examples(source):
 
 
 def fraction(query):
-    """A number from 0 to 1 that depends on the query's text alone: an example is for validation where it is small, so
-    that no query is both trained on and validated, and none changes sides when others come or go."""
+    """A number from 0 to 1 that depends on the query's text alone: an example is for validation where it is at most
+    val_fraction, so that no query is both trained on and validated, and none changes sides when others come or go.
+    (Where it is larger for all, that of the smallest is for validation; this one can change.)"""
     return int(sha256(query.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def copy_examples(folder, source, val_fraction, overwrite):
     """Writes train.jsonl and val.jsonl into a folder, in our own form, and manifest.json, which says of what."""
     manifest, settings = f"{folder}/manifest.json", dict(examples=source, val_fraction=val_fraction)
-    if os.path.exists(manifest) and not overwrite:
+    former = {}
+    if os.path.exists(manifest):
         with open(manifest) as f:
-            made_with = json.load(f).get("settings")
-        if made_with != settings:
+            former = json.load(f)
+    if "stages" in former:
+        fail(f"{folder} was made of a corpus and queries: choose another --dataset")
+    if former and not overwrite:
+        if former["settings"] != settings:
             fail(f"{folder} was made with other settings: --overwrite=True makes it anew, another --dataset keeps both")
         print(f"{folder}: there already")
         return
-    if not os.path.exists(manifest) and any(os.path.exists(f"{folder}/{kind}.jsonl") for kind in ("train", "val")):
+    if not former and any(os.path.exists(f"{folder}/{kind}.jsonl") for kind in ("train", "val")):
         fail(f"{folder} holds examples that are not made by this command: choose another --dataset")
     if os.path.realpath(folder) in [os.path.realpath(source), *map(str, Path(os.path.realpath(source)).parents)]:
         fail(f"{source} is what would be written over: choose another --dataset")

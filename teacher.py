@@ -25,9 +25,9 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens):
 
 def without_thoughts(reply):
     """The answer in the reply of a model that thinks aloud first; empty where it has not come to one."""
-    tag = r"[<\[]{}(?:think|thinking|thoughts?|reasoning)[>\]]"
-    reply = re.split(tag.format("/"), reply, flags=re.IGNORECASE)[-1]  # templates can open a thought in the prompt
-    return re.split(tag.format(""), reply, flags=re.IGNORECASE)[0].strip()
+    tag = r"(?i:<{0}(?:think|thinking|thoughts?|reasoning)>)|\[{0}THINK\]"
+    reply = re.split(tag.format("/"), reply)[-1]  # templates can open a thought in the prompt
+    return re.split(tag.format(""), reply)[0].strip()
 
 
 class Teacher:

@@ -15,7 +15,7 @@ from itertools import islice
 import requests
 
 from configurator import fail
-from pretrained import load_tokenizer
+from pretrained import load_tokenizer, note
 from prompt import Prompt, chat_messages
 from teacher import without_thoughts
 
@@ -27,8 +27,8 @@ class Complaint(Exception):
         self.status, self.text, self.seconds = status, text, seconds
 
     def about_the_request(self, is_chat):
-        """Whether this request is refused and others may not be: it is too long, or against the server's rules. Not
-        every server knows another path than that of the chat."""
+        """Whether this request is refused and others may not be: it is too long, or against the server's rules. Some
+        servers have no other path than that of the chat."""
         return self.status in (400, 413, 422) or not is_chat and self.status in (404, 405, 501)
 
     def may_pass(self):
@@ -51,7 +51,8 @@ def seconds_to_wait(headers):
 
 
 class Server:
-    """A chat server, asked from several threads at the same time. What it does not know, it is not asked again."""
+    """A chat server, asked from several threads at the same time. An option that it rejects is left out of all further
+    requests."""
 
     def __init__(self, url, teacher, answer_tokens, connections, retries, timeout):
         """teacher: the model's name, there and, where it is known here, for its chat template."""
@@ -67,7 +68,7 @@ class Server:
         self.session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=connections))
         if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
-        # what a server may not know: it says so, and is asked without from then on
+        # what a server may reject, by name
         self.options = dict(max_tokens=answer_tokens, temperature=0, chat_template_kwargs=dict(enable_thinking=False))
         try:  # a template without a system role wants the system line in the user's turn, as in model.py
             prompt = Prompt(load_tokenizer(teacher))
@@ -103,9 +104,13 @@ class Server:
         request of another thread may have met with the same complaint before."""
         if "max_completion_tokens" in complaint and self.options.pop("max_tokens", None):
             self.options["max_completion_tokens"] = self.answer_tokens
-        for name in ("chat_template_kwargs", "temperature"):
-            if name in complaint:
-                self.options.pop(name, None)
+        # the word temperature alone may be the question's
+        about = dict(chat_template_kwargs="chat_template_kwargs", temperature=(
+            "['\"`]temperature['\"`]|(parameter|argument|property|field)( supplied)?:? temperature|"
+            "temperature:? (must|is not|does not|not)"))
+        for name, pattern in about.items():
+            if re.search(pattern, complaint, re.IGNORECASE) and self.options.pop(name, None) is not None:
+                note(f"{self.name} rejects {name}: it is left out from now on")
         return self.options.keys() != sent.keys()
 
     def ask(self, path, what, parse, **body):
@@ -155,6 +160,8 @@ class Server:
         message, content = choice["message"], choice["message"].get("content") or ""
         if not choice["finish_reason"]:
             raise ValueError("half an answer: no finish_reason")
+        if choice["finish_reason"] == "content_filter":
+            raise Refused("refused: the server's content filter has cut the answer")
         if message.get("refusal"):
             raise Refused(f"refused: {self.public(str(message['refusal']))}")
         if isinstance(content, list):  # in parts
@@ -176,8 +183,8 @@ def ask_server(server, queries, done, record, requests_at_once):
     model = server.model()
     others = {x["model"] for x in done.values()} - {model}
     if others:
-        fail(f"{server.name} serves {model}, but there are answers of {others.pop()} already: --overwrite=True with "
-             "another --teacher name, or the former server")
+        fail(f"{server.name} serves {model}, but there are answers of {others.pop()} already: start the former server "
+             "again, or take --overwrite=True with another --teacher name")
     queries = (query for query in queries if query[0] not in done)
     waiting, refused, answered = {}, {}, bool(done)  # future -> query id; query id -> reason
 

@@ -38,6 +38,7 @@ def test_query_formats(tmp_path):
     assert read("q.ndjson", '{"_id": 3, "text": "b", "metadata": {"answers": null}}\n') == [("3", "b", [])]
     assert read("q.gz", gzip.compress(b'{"_id": 3, "text": "b"}\n')) == [("3", "b", [])]
     assert read("cr.txt", "who is it\rwho\r") == [("1", "who is it", []), ("2", "who", [])]
+    assert read("long.tsv", f"1\twho\r{'o' * 10000}\n2\tb\n") == [("1", "who\r" + "o" * 10000, []), ("2", "b", [])]
     assert read("crlf", "query_id\ttext\r\n7\twho\r\n") == [("7", "who", [])]
     assert read("not_gzipped.tsv.gz", "1\twho\n") == [("1", "who", [])]
 
@@ -48,4 +49,5 @@ def test_columns_of_passages(tmp_path):
     assert read(dpr) == [("1", "Loku, the town", 'The "red" mill, by Mara'), ("2", "Mill", '"a" or "b"')]
     assert read("D1\thttp://x.y/z\tThe mill\tIt burnt.\r\n") == [("D1", "The mill", "It burnt.")]
     assert read("docid\turl\ttitle\tbody\nD1\tx.y\tThe mill\tIt burnt.\n") == [("D1", "The mill", "It burnt.")]
+    assert read("docno\tlanguage\ttext\n1\ten\ta\n") == [("1", "", "a")]  # a column that is not known
     assert read('1\t"quoted"\r2\tb\r') == [("1", "", '"quoted"'), ("2", "", "b")]

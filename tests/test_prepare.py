@@ -254,7 +254,7 @@ def test_duplicates_empty_documents_and_long_queries(settings, tmp_path, monkeyp
 # ---- runs of other engines
 
 
-def test_a_run_in_place_of_retrieval(settings, whole, tmp_path, monkeypatch):
+def test_a_run_in_place_of_retrieval(settings, whole, tmp_path, monkeypatch, capfd):
     lines = (whole / "run.retrieval.trec").read_text().splitlines(keepends=True)
     folder = make(tmp_path, monkeypatch, settings, run=str(whole / "run.retrieval.trec"))
     assert not (folder / "index").exists()
@@ -268,6 +268,13 @@ def test_a_run_in_place_of_retrieval(settings, whole, tmp_path, monkeypatch):
     path = write(tmp_path / "other.trec.gz", gzip.compress("".join(more + lines).encode()))
     folder = make(tmp_path, monkeypatch, settings, run=path, overwrite=True)
     assert (folder / "train.jsonl").read_bytes() == (whole / "train.jsonl").read_bytes()
+    # of a query without a line no example is made
+    fewer = write(tmp_path / "fewer.trec", "".join(row for row in more + lines if row.split()[0] not in ("q0", "q1")))
+    capfd.readouterr()
+    folder = make(tmp_path, monkeypatch, settings, run=fewer, overwrite=True)
+    assert "fewer.trec: no line for 2 of 20 queries, such as 'q0'" in capfd.readouterr().out
+    made = {x["_id"] for name in ("train", "val") for x in load(folder / f"{name}.jsonl")}
+    assert made == {x["_id"] for name in ("train", "val") for x in load(whole / f"{name}.jsonl")} - {"q0", "q1"}
     # its queries may be more than are asked
     folder = make(tmp_path, monkeypatch, settings, run=path, overwrite=True, max_queries=8)
     assert len(load(folder / "train.jsonl")) + len(load(folder / "val.jsonl")) == 8
@@ -279,12 +286,17 @@ def test_a_run_in_place_of_retrieval(settings, whole, tmp_path, monkeypatch):
     (lambda rows: [*rows, "q1 Q0 d1#0 3 nan x\n"], "line 201: not a line of a TREC run"),
     (lambda rows: [*rows, "q1 Q0 d1 3 0.5 x\n"], "line 201: no passage 'd1' in data/x/corpus.jsonl, whose ids look like 'd0#0'"),
     (lambda rows: ["q99 Q0 d1#0 3 0.5 x\n", *rows], "line 1: no query 'q99' in"),
-    (lambda rows: rows[10:], "no line for the query 'q0'"),
-    (lambda rows: rows[20:], "no line for the query 'q0' and 1 more"),
     (lambda rows: [rows[0], *rows], "a passage stands twice for the query 'q0'")])
 def test_a_bad_run(settings, whole, tmp_path, monkeypatch, capfd, change, says):
     path = write(tmp_path / "bad.trec", "".join(change((whole / "run.retrieval.trec").read_text().splitlines(keepends=True))))
     assert says in wrong(capfd, tmp_path, monkeypatch, settings, run=path)
+
+
+def test_scores_that_are_no_numbers_stop_before_the_teacher(settings, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(prepare.CrossEncoder, "scores", lambda self, pairs, _: [float("nan")] * len(pairs))
+    says = wrong(capfd, tmp_path, monkeypatch, settings)
+    assert "gives no finite score in float32 for the query 'q0': --encoder_dtype=float32" in says
+    assert not (tmp_path / "data" / "x" / "train.jsonl").exists()
 
 
 # ---- the teacher on a server
@@ -404,12 +416,15 @@ def test_thoughts_and_parts(settings, server, tmp_path, monkeypatch):
                dict(content="<Thinking>a</Thinking>Mara"), dict(content=[dict(type="thinking", thinking="a"), dict(type="text", text="Ma"),
                                                                          dict(type="text", text="ra")]),
                dict(content="Mara", reasoning_content="who?"), dict(content="Mara \ud83d")]
+    buttons = [dict(content="The [Thinking] button"),
+               (json.dumps(dict(choices=[dict(message=dict(content="Mar"), finish_reason="content_filter")])), 200, {})]
     lost = [dict(content="<think>\nwho?"), dict(content=None, reasoning_content="who?"), dict(content="", reasoning="who?"),
             dict(content=None, refusal="I will not")]
-    server.failures = [*replies, *lost, None]
+    server.failures = [*replies, *lost, *buttons, None]
     folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
     answers = [x["answer"] for x in load(folder / "teacher.jsonl")]
-    assert answers.count("Mara") == len(replies) and answers.count("") == len(lost) and len(answers) == 20
+    assert answers.count("Mara") == len(replies) and answers.count("") == len(lost) + 1 and len(answers) == 20
+    assert "The [Thinking] button" in answers
     assert all(b["chat_template_kwargs"] == dict(enable_thinking=False) for b in server.asked)
 
 
@@ -437,6 +452,18 @@ def test_a_server_that_knows_less_or_wants_to_be_left_alone(settings, server, tm
     folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
     assert time.time() - start > 2 and all(x["answer"] for x in load(folder / "teacher.jsonl")) and len(server.asked) == 24
     assert server.asked[-1].keys() == {"model", "messages", "max_completion_tokens"}
+
+
+def test_a_question_about_temperature_is_no_complaint_about_it(settings, server, tmp_path, monkeypatch, capfd):
+    said = "Blocked by our guardrail: 'what temperature does iron melt at?' is not allowed"
+    server.failures = [(json.dumps(dict(error=dict(message=said))), 400, {})]
+    make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
+    assert all(b["temperature"] == 0 for b in server.asked)
+    server.failures = [(json.dumps(dict(error=dict(message="`temperature` must be strictly positive"))), 422, {})]
+    capfd.readouterr()
+    make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1, dataset="y")
+    assert "rejects temperature: it is left out from now on" in capfd.readouterr().err
+    assert "temperature" not in server.asked[-1]
 
 
 def test_no_key_in_any_message(settings, server, tmp_path, monkeypatch, capfd):
@@ -694,6 +721,24 @@ def test_real_passages_are_found(tmp_path):
 # ---- bad input
 
 
+def test_no_file_of_the_user_is_written_over(settings, whole, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "data" / "x"  # as BEIR's archives are unpacked
+    folder.mkdir(parents=True)
+    for name in ("corpus", "queries"):
+        shutil.copy(settings[name], folder / f"{name}.jsonl")
+    before = (folder / "corpus.jsonl").read_bytes()
+    there = dict(corpus="data/x/corpus.jsonl", queries="data/x/queries.jsonl")
+    for overwrite in (False, True):
+        says = wrong(capfd, tmp_path, monkeypatch, settings, **there, overwrite=overwrite)
+        assert "corpus: data/x/corpus.jsonl would be written over: choose another --dataset" in says
+        says = wrong(capfd, tmp_path, monkeypatch, settings, overwrite=overwrite)
+        assert "data/x/queries.jsonl is not made by this command: choose another --dataset" in says
+    assert (folder / "corpus.jsonl").read_bytes() == before and not (folder / "manifest.json").exists()
+    shutil.copytree(whole, tmp_path / "data" / "y")
+    says = wrong(capfd, tmp_path, monkeypatch, settings, dataset="y", run="data/y/run.retrieval.trec", overwrite=True)
+    assert "run: data/y/run.retrieval.trec would be written over" in says
+
+
 @pytest.mark.parametrize("name,text,says", [
     ("corpus.jsonl", "", "corpus.jsonl is empty"),
     ("corpus.jsonl", "\n \n", "corpus.jsonl holds no text"),
@@ -710,7 +755,8 @@ def test_real_passages_are_found(tmp_path):
     ("corpus.jsonl", '{"_id": "1", "text": "a"}\n\n{"_id": 1, "text": "b"}\n', "corpus.jsonl, line 3: the _id '1' stands already in line 1"),
     ("corpus.tsv", "1\ta\n2 b\n", "corpus.tsv, line 2: no tab"),
     ("corpus.jsonl.gz", gzip.compress(b'{"_id": "1", "text": "a"}\n' * 99, mtime=0)[:-9], "corpus.jsonl.gz: a damaged gzip file"),
-    ("corpus.tsv", "1\ta\tb\tc\td\n", "corpus.tsv, line 1: 5 columns"), ("corpus.txt", "the mill\n", "corpus.txt, line 1: neither a JSON object nor"),
+    ("corpus.tsv", "docno\ttitle\tabstract\n1\ta\tb\n", "corpus.tsv, line 1: a header without a name for the text, such as text: _id, title, abstract"),
+    ("corpus.tsv", "1\ta\tb\tc\td\n", "corpus.tsv, line 1: 5 columns, but the first line has only id, text, title"), ("corpus.txt", "the mill\n", "corpus.txt, line 1: neither a JSON object nor"),
     ("queries.jsonl", "\n", "queries.jsonl holds no queries"),
     ("queries.jsonl", '{"_id": "1"}\n', "queries.jsonl, line 1: 'text' is missing or empty"),
     ("queries.jsonl", '{"_id": "1", "text": " "}\n', "queries.jsonl, line 1: 'text' is missing or empty"),

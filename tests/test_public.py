@@ -10,6 +10,7 @@ from conftest import EXAMPLES, ROOT, jsonl, losses, run
 from corpus import chunk_by_words
 from data import Examples
 from formats import examples_of
+from public import read_examples
 
 datasets = pytest.importorskip("datasets")
 PISCO = [dict(query=f"{x['query']} {i}", docs=[d if isinstance(d, str) else d["text"] for d in x["documents"]],
@@ -135,6 +136,24 @@ def test_nothing_of_others_is_written_over(tmp_path, dataset, tiny):
         "--reranker=", "--teacher=gold", "--device=cpu", "--dtype=float32", ok=False)
     with open(f"{folder}/mine.jsonl") as f, open(path) as g:
         assert f.read() == g.read()
+
+
+def test_a_folder_made_of_a_corpus_stays(tmp_path, dataset):
+    path, folder = jsonl(tmp_path / "x.jsonl", PISCO), f"{ROOT}/data/{dataset}"
+    os.makedirs(folder)
+    with open(f"{folder}/manifest.json", "w") as f:
+        json.dump(dict(settings={}, stages={}), f)
+    for overwrite in ("False", "True"):
+        assert "was made of a corpus and queries" in run(
+            "prepare.py", f"--dataset={dataset}", f"--examples={path}", f"--overwrite={overwrite}", ok=False)
+    assert sorted(os.listdir(folder)) == [".lock", "manifest.json"]
+
+
+def test_what_prepare_has_made_is_read_as_a_folder(tmp_path):
+    for name in ("manifest.json", "dataset_infos.json"):
+        (tmp_path / name).write_text('{"settings": {}}')
+    jsonl(tmp_path / "train.jsonl", PISCO)
+    assert [x["query"] for x in read_examples(str(tmp_path))] == [x["query"] for x in PISCO]
 
 
 def test_one_example_at_least_is_for_validation(tmp_path, dataset):
