@@ -162,7 +162,7 @@ class Checkpoints:
     def __init__(self, out_dir):
         if os.path.exists(out_dir) and not os.path.isdir(out_dir):
             fail(f"out_dir={out_dir} is not a folder")
-        self.out_dir, self.step, self.metrics = out_dir, 0, f"{out_dir}/metrics.jsonl"
+        self.out_dir, self.step, self.metrics, self.lock_file = out_dir, 0, f"{out_dir}/metrics.jsonl", None
         self.last, self.previous, self.best, self.damaged = (
             f"{out_dir}/{name}" for name in ("last", "previous", "best", "damaged"))
 
@@ -198,8 +198,8 @@ class Checkpoints:
         differs.pop("init_from", None)
         if differs:
             print0(f"not as in {self.last}: {', '.join(differs.values())}")
-        if "sha256 of val_data" in differs:
-            print0("val_data is another: best/ is what is best on it from here on")
+        if {"sha256 of val_data", "eval_examples"} & differs.keys():
+            print0("validation is on other examples: best/ is what is best on them from here on")
             state["best_val_loss"] = float("inf")
         return state
 
@@ -207,6 +207,7 @@ class Checkpoints:
         """Sees to it that the checkpoint in last/ is whole: the previous one takes the place of a damaged one."""
         if not os.path.isdir(self.last) and not os.path.isdir(self.previous):
             fail(f"{self.out_dir} holds no checkpoint to resume from")
+        self.lock()  # a run that still lives may be about to write last/
         if wrong := damage(self.last):
             if damage(self.previous):
                 fail(f"{self.last}: {wrong}; {self.previous}: {damage(self.previous)}: nothing to resume from")
@@ -218,6 +219,8 @@ class Checkpoints:
 
     def lock(self):
         """Keeps other processes out of out_dir until this one ends."""
+        if self.lock_file:
+            return
         self.lock_file = open(f"{self.out_dir}/.lock", "a")
         try:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,8 +251,9 @@ class Checkpoints:
     def copy_to_best(self):
         """best/ as the checkpoint in last/, but for what is only there to resume from."""
         with self.writing("best/", self.step), replacing_folder(self.best) as folder:
-            for name in {*os.listdir(self.last)} - {"optimizer.pt", "SHA256SUMS"}:  # contents alone: some file systems
-                shutil.copyfile(f"{self.last}/{name}", f"{folder}/{name}")          # know no permissions
+            # copyfile, for some file systems know no permissions
+            for name in {*os.listdir(self.last)} - {"optimizer.pt", "SHA256SUMS"}:
+                shutil.copyfile(f"{self.last}/{name}", f"{folder}/{name}")
 
     def open(self, step, is_best):
         """Makes the folder ready for a run that goes on after `step`. is_best: whether last/ is to be in best/, too."""

@@ -181,7 +181,7 @@ class ModernBERTCompressor(BackboneCompressor):
         if self.tokenizer.mask_token_id is not None:  # where an encoder has learned to put what a text leaves open
             mask = self.backbone.get_input_embeddings()(torch.tensor(self.tokenizer.mask_token_id))
             with torch.no_grad():
-                self.memory_tokens.mul_(0.3).add_(mask)  # equal ones take long to part
+                self.memory_tokens.mul_(0.3).add_(mask)  # identical ones would take long to become different
         hidden, d = self.backbone.config.hidden_size, embed.embedding_dim
         up, down = nn.Linear(hidden, config.projection_hidden), nn.Linear(config.projection_hidden, d)
         self.projection, self.generator_std = nn.Sequential(up, nn.ReLU(), down), pretrained.embedding_std(embed)

@@ -90,7 +90,7 @@ class Examples:
     def read(self, path, check):
         """check: says what is wrong with a parsed example, None when it is good."""
         if not os.path.isfile(path):
-            made = re.search(r"(?:^|/)data/([^/]+)/(?:train|val|test)\.jsonl$", path)
+            made = re.search(r"(?:^|/)data/([^/]+)/(?:train|val)\.jsonl$", path)
             raise FileNotFoundError(f"{path} does not exist" + (
                 "" if not made else ": python train.py config/toy.py makes the toy" if made[1] == "toy" else
                 f": python prepare.py --dataset={made[1]} --corpus=FILE --queries=FILE makes it"))
@@ -266,20 +266,20 @@ def check_questions(queries, documents=None):
 
 
 def with_documents_of_others(examples):
-    """Every example with the documents of the one that stands half the list away, or of the next one that shares no
-    document with it; none of a single one."""
+    """Every example with the documents of the one that stands half the list away, or of the next one after it that has
+    as many documents and none of its own; none of a single one."""
     n, half, found = len(examples), len(examples) // 2, []
     for i, x in enumerate(examples if half else []):
-        others = [examples[(i + half + j) % n]["documents"] for j in range(n - 1)]
-        own = next((o for o in others if not any(d in x["documents"] for d in o)), others[0])
-        found.append({**x, "documents": own})
+        own = x["documents"]
+        others = (examples[(i + half + j) % n]["documents"] for j in range(n))
+        good = (o for o in others if len(o) == len(own) and not any(d in own for d in o))
+        found.append({**x, "documents": next(good, examples[(i + half) % n]["documents"])})
     return found
 
 
-def example_size(x):
-    """What tells examples apart in the padding that they need next to others; documents are mostly cut to
-    doc_tokens."""
-    return len(x["documents"]), len(x["query"] + x["answer"])
+def example_size(x, num_documents):
+    """A key to sort by: a batch of examples of like size has little padding. Documents are mostly cut to doc_tokens."""
+    return min(len(x["documents"]), num_documents), len(x["query"] + x["answer"])
 
 
 class StepExamples:
@@ -287,8 +287,9 @@ class StepExamples:
     permutation that depends on the seed alone, so that a resumed run and any number of processes see the same examples
     at the same step. Within the step they are sorted by size, so that a micro-batch holds little padding."""
 
-    def __init__(self, examples, per_step, seed, world_size):
-        self.examples, self.per_step, self.seed, self.world_size, self.orders = examples, per_step, seed, world_size, {}
+    def __init__(self, examples, per_step, num_documents, seed, world_size):
+        self.examples, self.per_step, self.num_documents, self.seed = examples, per_step, num_documents, seed
+        self.world_size, self.orders = world_size, {}
 
     def order(self, epoch):
         if epoch not in self.orders:
@@ -299,7 +300,8 @@ class StepExamples:
     def __getitem__(self, step):
         n = len(self.examples)
         numbers = [int(self.order(i // n)[i % n]) for i in range(step * self.per_step, (step + 1) * self.per_step)]
-        return sorted(((i, self.examples[i]) for i in numbers), key=lambda pair: example_size(pair[1]))
+        return sorted(((i, self.examples[i]) for i in numbers),
+                      key=lambda pair: example_size(pair[1], self.num_documents))
 
 
     def describe(self, step, losses, norm, batch_size):

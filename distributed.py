@@ -82,8 +82,8 @@ def start(device, dtype, fsdp, gradient_accumulation_steps):
         host_group = dist.new_group(backend="gloo")
         p.rank, p.world = dist.get_rank(), dist.get_world_size()
         if p.world != world:
-            fail(f"torchrun has started {world} processes, PyTorch/XLA sees {p.world}: it cannot "
-                 "part its devices among them")
+            fail(f"torchrun has started {world} processes, PyTorch/XLA sees {p.world}: its "
+                 "devices cannot be split among them")
     if kind == "xla":
         import torch_xla.core.xla_model as xm
         import transformers.masking_utils

@@ -58,7 +58,7 @@ class StepFlops:
         self.shared = getattr(compressor, "shares_generator", False)  # PISCO's reads with the generator's layers
         if self.shared:
             self.compressor = self.frozen
-        self.last = 0  # what only MEM and RR meet: in a packed last layer all after queries, keys and values
+        self.last = 0  # weights that only MEM and RR pass through: a packed last layer's after queries, keys and values
         if getattr(compressor, "packed", False):
             layer = decoder_layers(backbone)[-1]
             attention = next(m for m in layer.modules() if hasattr(m, "is_causal"))

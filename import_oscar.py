@@ -58,8 +58,12 @@ def read_settings(folder):
             settings = json.load(f)
     except ValueError as e:
         raise ValueError(f"{path} is no JSON: {e}") from e
-    missing = {"decoder_model_name", "compr_model_name", "compr_rate", "doc_max_length", "lora_r"} - settings.keys()
-    if missing:
+    needed = {"decoder_model_name", "compr_model_name", "compr_rate", "doc_max_length", "lora_r"}
+    if settings.get("compr_model_name") == "mistral_trimmed":
+        needed |= {"compr_base_model_name", "compr_n_layers", "compr_rms_norm"}
+    elif settings.get("compr_model_name"):
+        needed |= {"compr_use_mlp", "compr_mlp_hidden_dim"}
+    if missing := needed - settings.keys():
         raise ValueError(f"{path} is not of an OSCAR or PISCO model: it has no {sorted(missing)[0]}")
     for name, value in ONLY.items():
         if settings.get(name, value) != value:

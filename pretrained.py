@@ -65,7 +65,8 @@ def load_model(auto, name, config=None, **kwargs):
 def load_tokenizer(name):
     """A tokeniser that cuts and pads on the right, whatever its tokenizer_config.json says: a text's beginning is what
     is kept. Raises ModelError for one without offsets (no tokenizer.json, and none can be made)."""
-    tokenizer = pretrained(AutoTokenizer.from_pretrained, name)
+    # with vLLM comes mistral_common, whose tokenisers have no offsets
+    tokenizer = pretrained(AutoTokenizer.from_pretrained, name, mistral_format=False)
     if not tokenizer.is_fast:
         raise ModelError(f"{name} has a slow tokeniser ({type(tokenizer).__name__}): one with a tokenizer.json is "
                          "needed, which tells where in a text its tokens stand")

@@ -24,7 +24,7 @@ import traceback
 
 import torch
 
-from configurator import at_least, configure, fail, fail_on, fast_dtype
+from configurator import at_least, configure, fail, fail_on, fast_dtype, torch_device
 from data import is_document
 from files import file_sha256, replacing_folder
 from modes import Modes
@@ -221,6 +221,8 @@ def main():
         fail("serve.py needs vLLM: docs/serving.md tells how to install it")
     compress_batch = settings.pop("compress_batch")
     vllm_dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    settings["device"] = torch_device(device)
+    settings["dtype"] = dtype or fast_dtype(settings["device"])  # the middleware loads on the CPU first
     folder = settings.pop("export") or f"{os.path.normpath(out_dir)}.generator"
     with fail_on(ValueError, OSError):
         modes = Modes(**{**settings, "device": "cpu", "dtype": vllm_dtype})

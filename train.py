@@ -5,10 +5,11 @@ Trains a compressor and the generator's LoRA on a teacher's answers, on one devi
     python train.py config/n_layers.py --batch_size=4                            # any setting can be overridden
     torchrun --nproc_per_node=8 train.py config/n_layers.py                      # 8 GPUs, DDP
     torchrun --nproc_per_node=8 train.py config/n_layers.py --fsdp=True          # 8 GPUs that share out the weights
-    torchrun --nproc_per_node=2 train.py config/modernbert.py --device=trainium  # 2 NeuronCores
+    torchrun --nproc_per_node=2 train.py config/toy.py --device=trainium         # 2 NeuronCores
 
-writes into out_dir: last/, the checkpoint that --init_from=resume goes on from; previous/, the one before it; best/,
-that of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the step, save and leave.
+writes into out_dir, every eval_interval steps: last/, the checkpoint that --init_from=resume goes on from; previous/,
+the one before it; best/, that of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the step, save
+and leave.
 """
 
 import math
@@ -16,6 +17,7 @@ import os
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ from model import ScaleDown, ScaleDownConfig
 out_dir = "out"
 init_from = "scratch"  # or resume, or a checkpoint of another run to begin with, such as out/pretrain/best
 eval_only = False  # evaluate the checkpoint that lies in out_dir itself, such as out/toy/best, and stop
-eval_interval = 500
+eval_interval = 500  # steps between two evaluations, each with a checkpoint
 eval_examples = 1000  # validation loss on the first n examples of val_data
 eval_samples = 100  # exact match and F1 of answers generated for the first n of them
 log_interval = 10
@@ -49,7 +51,7 @@ wandb_run_name = ""
 task = "answer"  # or pretrain: text itself, from embeddings of it and of what stood before (data.py)
 train_data = "data/train.jsonl"  # for pretrain a corpus.jsonl, or a file of plain text
 val_data = "data/val.jsonl"
-num_documents = 5  # k
+num_documents = 5  # k, of a question that has more documents the first
 # model
 mode = "compressed"  # what the generator learns to answer from; to compare with: full, the documents' text, or none
 generator = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -118,11 +120,12 @@ peak_tflops = peak_tflops or peak_tflops_here(kind, dtype)
 # data
 train_set, val_set = open_data(config)
 examples_per_step = batch_size * gradient_accumulation_steps
-step_examples = StepExamples(train_set, examples_per_step, seed, world)
+step_examples = StepExamples(train_set, examples_per_step, num_documents, seed, world)
 steps = max_iters or math.ceil(epochs * len(train_set) / examples_per_step)
 val_examples = [val_set[i] for i in range(min(eval_examples, len(val_set)))]
-samples = sorted(val_examples[:eval_samples], key=example_size)
-val_examples.sort(key=example_size)  # like next to like: less padding
+by_size = partial(example_size, num_documents=num_documents)  # like next to like: less padding
+samples = sorted(val_examples[:eval_samples], key=by_size)
+val_examples.sort(key=by_size)
 strangers = with_documents_of_others(val_examples) if mode != "none" else []
 static_shapes = kind in ("xla", "neuron")  # devices that compile what they run get batches of one shape
 if static_shapes and mode != "compressed":
@@ -176,7 +179,7 @@ step_losses = distributed.StepLosses(["loss", "generation", "reranking"][:2 + en
 step = checkpoints.step = state["step"]
 if resuming:
     distributed.load_optimizer_state(model, optimizer, state.pop("optimizer"))
-    if xla:  # the line above makes AdamW's moments by a step with learning rate 0: 0 / 0 in weights, when capturable
+    if xla:  # the line above makes AdamW's moments by a step at learning rate 0, which leaves NaN when capturable
         model.load(checkpoints.last)
     step_losses.window = state.pop("window")
     print0(f"resuming {out_dir} at step {step:,}"
@@ -209,7 +212,7 @@ def evaluate():
     slices = [(examples, i) for examples in (val_examples, strangers) for i in range(0, len(examples), stride)]
     for examples, i in signals.until_caught(slices):
         mine = examples[i:i + stride][rank::world]
-        # as many batches in every process (FSDP2), all full (XLA): what fills up counts nothing
+        # every process has as many batches (FSDP2 needs it), each full (XLA needs it); what fills them up is masked
         batch = collate((mine + val_examples[:1] * batch_size)[:batch_size])
         batch["labels"][len(mine):] = -100
         batch["present"][len(mine):] = False
@@ -268,7 +271,7 @@ def save(is_best):
 def log(entry, more=""):
     if rank == 0 and not eval_only:
         checkpoints.log(entry, step)
-    if rank == 0 and wandb_log:
+    if rank == 0 and wandb_log and not eval_only:
         wandb.log(entry, step=entry.get("step"))
     print0(describe_entry(entry) + more)
 
@@ -371,6 +374,8 @@ while True:
         throughput.restart()
 
 signals.restore()
+if rank == 0 and wandb_log:
+    wandb.finish()
 if sample_at_end and not stopping and rank == 0:
     distributed.run_script("sample.py", out_dir=checkpoints.best, val_data=val_data, candidates=num_documents,
                            device="cpu" if xla else device, dtype=dtype)

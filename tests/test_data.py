@@ -159,7 +159,7 @@ def test_files_are_read_by_what_is_in_them(tmp_path):
 
 def test_a_step_goes_from_few_documents_to_many_and_from_short_to_long():
     rows = [dict(query="q" * (1 + 7 * i % 5), documents=["d"] * (1 + i % 3), answer="a") for i in range(40)]
-    steps = StepExamples(rows, 10, 0, 1)
+    steps = StepExamples(rows, 10, 5, 0, 1)
     for step in range(4):
         sizes = [(len(x["documents"]), len(x["query"])) for _, x in steps[step]]
         assert sizes == sorted(sizes) and len(set(sizes)) > 5
@@ -167,12 +167,14 @@ def test_a_step_goes_from_few_documents_to_many_and_from_short_to_long():
 
 
 def test_other_documents_are_not_its_own():
-    examples = [dict(query=str(i), documents=documents) for i, documents in enumerate(["ab", "c", "de", "bf", "gh", "c"])]
+    # the next one after half the list, unless it shares a document or has another number of them
+    examples = [dict(query=str(i), documents=documents) for i, documents in enumerate(["ab", "c", "de", "bf", "gh", "i", "c"])]
     shuffled = with_documents_of_others(examples)
-    assert [x["documents"] for x in shuffled] == ["gh", "gh", "c", "c", "c", "de"]  # 3 and 4, 2 and 5 would share one
+    assert [x["documents"] for x in shuffled] == ["gh", "i", "ab", "de", "ab", "c", "i"]
     assert [x["query"] for x in shuffled] == [x["query"] for x in examples]
     assert with_documents_of_others(examples[:1]) == []
-    assert [x["documents"] for x in with_documents_of_others([examples[1], examples[5]])] == ["c", "c"]
+    assert [x["documents"] for x in with_documents_of_others([examples[1], examples[6]])] == ["c", "c"]
+    assert [x["documents"] for x in with_documents_of_others(examples[:2])] == ["c", "ab"]
 
 
 def test_ties_are_ranked_as_trec_eval_ranks_them():

@@ -33,7 +33,7 @@ def hand(job, tmp_path_factory):
     torch.manual_seed(1337)
     model = ScaleDown(ScaleDownConfig(generator=settings["generator"], num_layers=2, num_memory_tokens=2, answer_tokens=8,
                                       enable_reranking=True, lora_dropout=0.0))
-    steps = StepExamples(Examples(str(here / "train.jsonl")), 4, 1337, 1)
+    steps = StepExamples(Examples(str(here / "train.jsonl")), 4, 3, 1337, 1)
     return here, model, [model.collate([x for _, x in steps[i]], 3) for i in range(STEPS)]
 
 

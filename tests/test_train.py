@@ -253,6 +253,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous(job, trained, tmp_path):
     content = bytearray((out / "last/compressor.safetensors").read_bytes())
     content[-100] ^= 4
     (out / "last/compressor.safetensors").write_bytes(content)
+    with open(out / ".lock", "a") as lock:  # a run that still lives
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert f"another train.py is at work in {out}" in run(*resume, ok=False)
+    assert (out / "last/compressor.safetensors").read_bytes() == content and not (out / "damaged").exists()
     said = run(*resume)
     assert f"{out}/last: compressor.safetensors is not as it was written: the previous checkpoint is used" in said
     assert "at step 5" in said and curve(out) == curve(out_dir)
