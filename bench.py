@@ -263,6 +263,8 @@ def run_row(out_dir):
         model = load_model(AutoModelForCausalLM, c.generator)
         sizes = dict(num_memory_tokens=c.num_memory_tokens, query_tokens=c.query_tokens, doc_tokens=c.doc_tokens)
         compressor = make_compressor(c, model)
+        if not hasattr(compressor, "packed"):
+            raise ValueError(f"{out_dir}: what compressor_type={c.compressor_type} costs is not known here")
     if not scored:
         fail(f"{out_dir}/metrics.jsonl has no exact match: train with eval_samples")
     full = generator_tflop(model, k * c.doc_tokens + c.query_tokens, c.answer_tokens)

@@ -50,8 +50,8 @@ def train(name, *settings, config="config/toy.py", steps=None):
 
 
 def ask(checkpoint, *settings, data="data/toy/test.jsonl"):
-    """-> the scores that sample.py prints"""
-    return json.loads(run("sample.py", f"--out_dir={checkpoint}", f"--data={data}", f"--max_samples={max_samples}",
+    """-> the scores that evaluate.py prints"""
+    return json.loads(run("evaluate.py", f"--out_dir={checkpoint}", f"--data={data}", f"--max_samples={max_samples}",
                           "--device=cpu", "--dtype=float32", *settings).splitlines()[-1])
 
 
