@@ -319,8 +319,9 @@ def test_a_loss_that_is_not_finite(job, tmp_path):
     assert "error: step 3: loss inf, gradient norm " in said
     named = [part for part in said.split("; ") if part.startswith("micro-batch")]
     assert len(named) == 1 and f"of {tmp_path}/train.jsonl" in named[0]
-    # within a step the short ones first, two a micro-batch
-    step = sorted(np.random.default_rng((1337, 0)).permutation(20)[8:12], key=lambda i: len(rows[i]["query"] + rows[i]["answer"]))
+    # within a step those of few documents first, of them the short ones, two a micro-batch
+    size = lambda x: (len(x["documents"]), len(x["query"] + x["answer"]))
+    step = sorted(np.random.default_rng((1337, 0)).permutation(20)[8:12], key=lambda i: size(rows[i]))
     batches = [[int(i) + 1 for i in step[:2]], [int(i) + 1 for i in step[2:]]]
     where, = [i for i, batch in enumerate(batches) if bad + 1 in batch]
     assert named[0].startswith(f"micro-batch {where + 1} of process 0: examples {batches[where]} of ")
