@@ -133,14 +133,17 @@ def test_another_val_data_is_noticed_and_best_begins_anew(job, trained, tmp_path
     (tmp_path / "val.jsonl").write_text(json.dumps({**EXAMPLES[0], "answer": "river river river"}))  # not what it learns
     shutil.copy(folder / "val.jsonl", tmp_path / "same.jsonl")
     same = run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", f"--val_data={tmp_path / 'same.jsonl'}")
-    assert "val_data is another" not in same
+    assert "validation is on other examples" not in same
     said = run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", "--max_iters=11",
                f"--val_data={tmp_path / 'val.jsonl'}")
-    assert "sha256 of val_data=" in said and "val_data is another" in said
+    assert "sha256 of val_data=" in said and "validation is on other examples: best/ is what is best on them" in said
     scores = [x["val_loss"] for x in metrics(kept) if "val_loss" in x]
     assert scores[-1] > min(scores)
     weights = [open(f"{kept}/{name}/compressor.safetensors", "rb").read() for name in ("best", "last")]
     assert weights[0] == weights[1]
+    fewer = run("train.py", *args, f"--out_dir={kept}", "--init_from=resume", "--max_iters=11", "--eval_examples=2",
+                f"--val_data={tmp_path / 'val.jsonl'}")
+    assert "eval_examples=" in fewer and "validation is on other examples" in fewer
 
 
 def test_best_stays_the_best(job, trained, tmp_path):
