@@ -118,15 +118,15 @@ class ScaleDown(nn.Module):
     # ---- text -> tensors
 
     def collate(self, examples, num_documents=None, fixed=False):
-        """Examples (see data.py) -> a batch of CPU tensors for forward(). k is the largest number of documents that one
-        of them has, num_documents at most (further ones are left out, missing ones masked). Without answers: a prompt
-        to generate from. fixed: every batch of B has the same, the largest, shape (XLA compiles each shape anew).
-        Raises ValueError for an empty query, a query without documents and more positions than the generator has."""
+        """Examples (see data.py) -> a batch of CPU tensors for forward(). k is num_documents (further documents are
+        left out, missing ones masked), or else the largest number of documents there is. Without answers: a prompt to
+        generate from. fixed: every batch of B has the same, the largest, shape (XLA compiles each shape anew). Raises
+        ValueError for an empty query, a query without documents and more positions than the generator has."""
         c = self.config
         documents = [[document_text(d) for d in x["documents"]][:num_documents] for x in examples]
         queries = [x["query"].strip() for x in examples]
         check_questions(queries, documents)
-        k = fixed and num_documents or max(len(docs) for docs in documents)
+        k = num_documents or max(len(docs) for docs in documents)
         present = torch.arange(k) < torch.tensor([len(docs) for docs in documents])[:, None]  # (B, k)
         batch = dict(present=present)
         if c.mode == "compressed":

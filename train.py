@@ -133,8 +133,11 @@ if static_shapes and mode != "compressed":
 
 
 def collate(examples):
+    """Room for as many documents as the examples have; for num_documents where every shape is compiled anew."""
+    most = max(len(x["documents"]) for x in examples)
     with fail_on(ValueError):
-        return model.collate(examples, num_documents, static_shapes)
+        return model.collate(examples, num_documents if static_shapes or compile else min(most, num_documents),
+                             static_shapes)
 
 
 def get_micro_batches(step):
