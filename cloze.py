@@ -61,15 +61,14 @@ def cloze(rng, passage):
     return dict(query=" ".join([*before, "___", *after]), documents=documents, answer=answer)
 
 
-def passage(documents, i):
-    d = documents[i]
-    return d if isinstance(d, dict) else dict(text=d)
+def passage(document):
+    return document if isinstance(document, dict) else dict(text=document)
 
 
 def draw(rng, documents, numbers, n):
     """n lines of examples of the documents with these numbers."""
     while n:
-        if x := cloze(rng, passage(documents, rng.choice(numbers))):
+        if x := cloze(rng, passage(documents[rng.choice(numbers)])):
             yield json.dumps(x) + "\n"
             n -= 1
 
@@ -85,9 +84,9 @@ if __name__ == "__main__":
     with fail_on(OSError, ValueError):
         judged = {id for found in read_qrels(leave_out).values() for id in found} if leave_out else set()
         documents, others = Documents(corpus), Examples(mix) if mix else []
-        passages = [i for i in range(len(documents)) if (passage(documents, i)["text"] or "").strip()]
-        kept = [i for i in passages if judged_id(str(passage(documents, i).get("_id")), judged) not in judged]
-        if judged and len(kept) == len(passages):
+        ids = {i: str(d.get("_id")) for i, d in enumerate(map(passage, documents)) if (d["text"] or "").strip()}
+        kept = [i for i, id in ids.items() if judged_id(id, judged) not in judged]
+        if judged and len(kept) == len(ids):
             fail(f"{leave_out} names no passage of {corpus}: their \"_id\"s are to be those of its second column")
         if len(kept) < 200:
             fail(f"{corpus} has {len(kept)} passages to ask about, of at least 200: 100 are to validate")
@@ -101,4 +100,4 @@ if __name__ == "__main__":
                 f.writelines(json.dumps(x) + "\n" for x in others)
             f.writelines(draw(rng, documents, kept[100:], examples))
     print(f"{out}: {repeats * len(others):,} examples of yours and {examples:,} new ones to train, 256 to validate; "
-          f"{len(passages) - len(kept):,} passages left out")
+          f"{len(ids) - len(kept):,} passages left out")

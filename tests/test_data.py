@@ -1,6 +1,7 @@
 """Reading examples, scoring answers, overriding settings."""
 
 import json
+from pathlib import Path
 
 import pytest
 import pytrec_eval
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer
 
 from configurator import configure
 from data import Chunks, Examples, StepExamples, with_documents_of_others
+from files import replacing_folder
 from metrics import mean_scores, ndcg, score, trec_order
 
 GOOD = dict(query="who?", documents=["a", {"title": "T", "text": "b"}], answer="x", reranking_scores=[1, 2.5], answers=["x"])
@@ -175,6 +177,13 @@ def test_other_documents_are_not_its_own():
     assert with_documents_of_others(examples[:1]) == []
     assert [x["documents"] for x in with_documents_of_others([examples[1], examples[6]])] == ["c", "c"]
     assert [x["documents"] for x in with_documents_of_others(examples[:2])] == ["c", "ab"]
+
+
+def test_a_folder_with_a_slash_at_its_end_is_replaced(tmp_path):
+    for content in ("old", "new"):
+        with replacing_folder(f"{tmp_path}/x/") as folder:
+            write(Path(folder) / "a", content)
+    assert (tmp_path / "x" / "a").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_ties_are_ranked_as_trec_eval_ranks_them():
