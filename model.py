@@ -225,8 +225,6 @@ class ScaleDown(nn.Module):
         and TorchNeuron of one shape for all queries, given num_documents. memory: as in generate()."""
         mode = self.config.mode if mode == "fine-tuned" else mode
         if mode == "compressed":
-            if memory is not None:  # their text is not read again
-                documents = [[""] * len(d) for d in documents]
             examples = [dict(query=q, documents=d) for q, d in zip(queries, documents)]
             fixed = self.device.type in ("xla", "neuron")
             batch = self.to_device(self.collate(examples, num_documents, fixed))

@@ -257,6 +257,8 @@ def other_weights(copy):
     ("oscar_mistral", lambda c: os.remove(f"{c}/compressor/mlp.pth"), "it has no compressor/mlp.pth"),
     ("oscar_mistral", lambda c: os.truncate(f"{c}/adapters.pth", 5000), "adapters.pth is damaged: "),
     ("oscar_mistral", settings(compr_rate="DELETE"), "is not of an OSCAR or PISCO model: it has no compr_rate"),
+    ("n_layers", settings(compr_n_layers="DELETE"), "is not of an OSCAR or PISCO model: it has no compr_n_layers"),
+    ("oscar_mistral", settings(compr_use_mlp="DELETE"), "is not of an OSCAR or PISCO model: it has no compr_use_mlp"),
     ("oscar_mistral", settings(quantization="int4"), "has quantization=int4: only no is supported"),
     ("oscar_mistral", settings(sep=False), "has sep=False: only True is supported"),
     ("oscar_mistral", settings(lora_r=8), "down_proj.lora_A.weight is (16, 160) there and (8, 160) here"),
