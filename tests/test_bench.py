@@ -100,6 +100,13 @@ def test_time_and_memory_in_short(what, tiny, tmp_path):
         assert all(0 < row["peak_gb"] < 1 for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="to compile on a CPU takes a compiler")
+def test_decoding_compiled(tiny):
+    out = run("bench.py", "--what=decode", f"--generator={tiny('llama')}", *SMALL, "--batch=1", "--compile=True")
+    assert re.findall(r"^batch   1  (.*?) +[\d.]+ \(", out, re.M) == ["ours", "transformers", "ours, compiled"]
+
+
 def test_a_batch_that_does_not_fit_is_halved(tiny, tmp_path):
     """On a machine that runs out of memory at more than two queries."""
     (tmp_path / "small.py").write_text(f"""import sys, torch, model

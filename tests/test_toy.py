@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import regex
 import tiktoken
+import torch
 from transformers import AutoTokenizer
 
 import data
@@ -48,6 +49,20 @@ def test_tokenizer_is_one_token_a_word_and_tiktokens_own(tmp_path):
             assert len(ids) == len(regex.findall(world.WORD, text))
             assert ids == encoding.encode(text) == again(text).input_ids and tokenizer.decode(ids) == text
     assert tokenizer.decode(tokenizer("Ångström's 7 unknown words").input_ids) == "Ångström's 7 unknown words"
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 64)])
+def test_muon_is_torchs_in_float32(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = world.Muon([ours], lr=0.03), torch.optim.Muon([theirs], lr=0.03, weight_decay=0.0)
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for o in optimizers:
+            o.step()
+    assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()  # torch's multiplies in bfloat16
 
 
 def python(folder, *args):
