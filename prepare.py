@@ -90,7 +90,7 @@ dtype = ""  # of the teacher's weights: float32, bfloat16 or float16; empty: whi
 encoder_dtype = ""  # of SPLADE's and the reranker's; empty: float16 on CUDA, else as the teacher's
 # of the toy: what they mean, data/toy/prepare.py says
 seed = 1337
-train_examples = 36000
+train_examples = 18000
 val_examples = 500
 test_examples = 500
 llm_steps = 300

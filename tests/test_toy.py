@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 import data
 
 ROOT = Path(__file__).resolve().parent.parent
+prepare = runpy.run_path(str(ROOT / "prepare.py"))
 world = SimpleNamespace(**runpy.run_path(str(ROOT / "data" / "toy" / "prepare.py")))
 
 
@@ -113,6 +114,8 @@ def test_the_toy_has_settings_of_its_own(short, tmp_path):
     assert Path("data/toy/decoder/model.safetensors") in made and Path("data/toy/qrels.val.tsv") in made
     for path in made:
         assert (tmp_path / path).read_bytes() == (short[0] / path).read_bytes(), path
+    for name in (setting.split("=")[0][2:] for setting in (*SHORT, "--seed=")):  # prepare.py has them, too
+        assert getattr(world, name) == prepare[name]
     done = subprocess.run([sys.executable, ROOT / "prepare.py", "--dataset=toy", "--llm_steps=0"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "error: llm_steps must be at least 1, not 0\n"
 
