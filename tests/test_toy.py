@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from string import ascii_letters
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 import data
+from prompt import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 prepare = runpy.run_path(str(ROOT / "prepare.py"))
@@ -49,6 +51,9 @@ def test_tokenizer_is_one_token_a_word_and_tiktokens_own(tmp_path):
             ids = tokenizer(text).input_ids
             assert len(ids) == len(regex.findall(world.WORD, text))
             assert ids == encoding.encode(text) == again(text).input_ids and tokenizer.decode(ids) == text
+    prompt = Prompt(tokenizer)
+    for text in prompt.text(x["query"], x["documents"]), prompt.text(x["query"]):
+        assert not {*tokenizer.convert_ids_to_tokens(prompt.ids([text])[0])} & {*ascii_letters}
     assert tokenizer.decode(tokenizer("Ångström's 7 unknown words").input_ids) == "Ångström's 7 unknown words"
 
 

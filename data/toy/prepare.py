@@ -45,7 +45,7 @@ from prompt import Prompt
 from teacher import generate_answers
 
 # -----------------------------------------------------------------------------
-seed = 1337
+seed = 1
 train_examples = 18000
 val_examples = 500
 test_examples = 500
@@ -136,7 +136,7 @@ def make_tokenizer(folder, rng):
             prompt = Prompt(tokenizer)
             text = "".join(p for _ in range(4000) for p, _ in draw_conversation(rng, prompt, rng.randint(1, 5)))
             for special in SPECIAL:
-                text = text.replace(special, "\n")
+                text = text.replace(special, ".")  # as a special token does, it leaves a word after it its space
             for word in sorted(set(regex.findall(WORD, text))):
                 ranks.setdefault(word.encode(), len(ranks))
     tokenizer.save_pretrained(folder)
