@@ -642,6 +642,7 @@ def bench_decode():
     """Our generation next to transformers' generate(), from the same embeddings."""
     model, rows = build(compressors.split(",")[0], inference=True), []
     model.generator.generation_config.eos_token_id = None  # theirs, too, writes answer_tokens tokens
+    model.decoder.num_tokens = model.generator.config.vocab_size  # a shape's tokeniser has fewer, which theirs ignores
     if compile:
         compiled = deepcopy(model)
         compiled.decoder.compile()

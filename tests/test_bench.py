@@ -100,6 +100,11 @@ def test_time_and_memory_in_short(what, tiny, tmp_path):
         assert all(0 < row["peak_gb"] < 1 for row in rows)
 
 
+def test_decoding_of_a_shape_with_a_larger_head_than_its_tokeniser():
+    out = run("bench.py", "--what=decode", "--generator=smollm2-135m", *SMALL, "--batch=1")
+    assert "batch 1: 1 of 1 answers are the same" in out
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="to compile on a CPU takes a compiler")
 def test_decoding_compiled(tiny):
