@@ -10,10 +10,10 @@ or from examples that others have made (public.py),
 
 or the toy world (data/toy/prepare.py), which needs no network and no GPU and comes with its own tiny language model:
 
-    python prepare.py --dataset=toy
+    python prepare.py --dataset=toy           # anew each time
 
-Everything is written into data/NAME. What is there and complete is not made again: after a crash the same command goes
-on where it stopped. torchrun --nproc_per_node=N prepare.py .. shares the work and writes the same files.
+Everything is written into data/NAME. What else is there and complete is not made again: after a crash the same command
+goes on where it stopped. torchrun --nproc_per_node=N prepare.py .. shares the work and writes the same files.
 """
 
 import os
@@ -88,13 +88,6 @@ last_stage = "train"  # stop after this one: after corpus, to go on with the run
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 dtype = ""  # of the teacher's weights: float32, bfloat16 or float16; empty: whichever of the first two is faster
 encoder_dtype = ""  # of SPLADE's and the reranker's; empty: float16 on CUDA, else as the teacher's
-# of the toy: what they mean, data/toy/prepare.py says
-seed = 1
-train_examples = 18000
-val_examples = 500
-test_examples = 500
-llm_steps = 300
-encoder_steps = 250
 # -----------------------------------------------------------------------------
 
 # ---- 1. the corpus, in chunks
@@ -673,13 +666,12 @@ def make_dataset(settings):
                 print(f"{name}: there already")
 
 
-def make_toy(settings):
-    """Runs data/toy/prepare.py in this process, with its own of the settings."""
+def make_toy():
+    """Runs data/toy/prepare.py, which has settings of its own, in this process."""
     if corpus or queries or run:
         fail("dataset 'toy' takes no corpus, queries or run: --dataset=NAME names what is made of yours")
-    names = "seed train_examples val_examples test_examples llm_steps encoder_steps".split()
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "toy", "prepare.py")
-    sys.argv = [script, *(f"--{name}={settings[name]}" for name in names)]
+    sys.argv = [script]
     runpy.run_path(script, run_name="__main__")
 
 
@@ -704,7 +696,7 @@ if __name__ == "__main__":
         with fail_on(OSError):
             copy_public()
     elif dataset == "toy":
-        make_toy(settings)
+        make_toy()
     else:
         logging.set_verbosity_error()
         logging.disable_progress_bar()

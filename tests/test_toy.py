@@ -22,7 +22,6 @@ import data
 from prompt import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
-prepare = runpy.run_path(str(ROOT / "prepare.py"))
 world = SimpleNamespace(**runpy.run_path(str(ROOT / "data" / "toy" / "prepare.py")))
 
 
@@ -99,7 +98,7 @@ def short(tmp_path_factory):
     checkout(folder)
     # what train.py starts makes the toy of other settings
     script = folder / "data" / "toy" / "prepare.py"
-    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '{ROOT}/prepare.py', '--dataset=toy', *{SHORT}], check=True)\n")
+    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '{ROOT}/data/toy/prepare.py', *{SHORT}], check=True)\n")
     return folder, python(folder, "train.py", "config/toy.py", "--epochs=1.0", "--eval_samples=4"), scores(folder)
 
 
@@ -109,8 +108,7 @@ def test_the_toy_in_short(short):
     assert found.keys() == {"compressed", "full", "none"}
 
 
-def test_the_toy_has_settings_of_its_own(short, tmp_path):
-    """data/toy/prepare.py makes the same files alone, by the same settings."""
+def test_the_toy_is_the_same_made_in_parts(short, tmp_path):
     script = ROOT / "data" / "toy" / "prepare.py"
     python(tmp_path, script, *SHORT, "--parts=examples")
     assert not (tmp_path / "data/toy/encoder").exists()
@@ -119,10 +117,13 @@ def test_the_toy_has_settings_of_its_own(short, tmp_path):
     assert Path("data/toy/decoder/model.safetensors") in made and Path("data/toy/qrels.val.tsv") in made
     for path in made:
         assert (tmp_path / path).read_bytes() == (short[0] / path).read_bytes(), path
-    for name in (setting.split("=")[0][2:] for setting in (*SHORT, "--seed=")):  # prepare.py has them, too
-        assert getattr(world, name) == prepare[name]
-    done = subprocess.run([sys.executable, ROOT / "prepare.py", "--dataset=toy", "--llm_steps=0"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: llm_steps must be at least 1, not 0\n"
+
+
+def test_prepare_makes_the_toy(tmp_path):
+    checkout(tmp_path)
+    (tmp_path / "data/toy/prepare.py").write_text("import sys\nprint(__name__, sys.argv)")
+    for given in [], ["--dataset=toy"]:
+        assert python(tmp_path, "prepare.py", *given) == f"__main__ ['{tmp_path}/data/toy/prepare.py']\n"
 
 
 def test_train_makes_of_the_toy_what_is_missing(tmp_path, monkeypatch):

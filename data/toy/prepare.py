@@ -2,7 +2,7 @@
 The toy world: short passages about invented things, everything drawn afresh for every example, with a tokeniser, a tiny
 language model and encoders of its own, trained here. No network, no GPU; some minutes on two cores:
 
-    python data/toy/prepare.py                # or python prepare.py --dataset=toy
+    python data/toy/prepare.py                # or, with the settings as they are, python prepare.py --dataset=toy
 
 writes into data/toy of the current folder
     llm/                the language model: the generator, and the teacher
@@ -136,7 +136,7 @@ def make_tokenizer(folder, rng):
             prompt = Prompt(tokenizer)
             text = "".join(p for _ in range(4000) for p, _ in draw_conversation(rng, prompt, rng.randint(1, 5)))
             for special in SPECIAL:
-                text = text.replace(special, ".")  # as a special token does, it leaves a word after it its space
+                text = text.replace(special, ".")  # not by a newline: WORD would add the space after it to it
             for word in sorted(set(regex.findall(WORD, text))):
                 ranks.setdefault(word.encode(), len(ranks))
     tokenizer.save_pretrained(folder)
@@ -172,8 +172,8 @@ def train_llm(tokenizer, rng):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon) in float32. torch.optim.Muon multiplies in bfloat16: half of all
-    time here, on a CPU without instructions for it."""
+    """Muon (https://kellerjordan.github.io/posts/muon) in float32. torch.optim.Muon multiplies in bfloat16, which took
+    half of the time of a step on a CPU without instructions for it."""
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr))
