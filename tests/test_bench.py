@@ -105,7 +105,6 @@ def test_decoding_of_a_shape_with_a_larger_head_than_its_tokeniser():
     assert "batch 1: 1 of 1 answers are the same" in out
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="to compile on a CPU takes a compiler")
 def test_decoding_compiled(tiny):
     out = run("bench.py", "--what=decode", f"--generator={tiny('llama')}", *SMALL, "--batch=1", "--compile=True")
