@@ -10,6 +10,8 @@ import sys
 from tempfile import NamedTemporaryFile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once instead of asking the hub
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # two workers, two cores
 
 import pytest
 import torch
@@ -136,21 +138,20 @@ forks.set_forkserver_preload(["torch", "torch.distributed.checkpoint.state_dict"
                               "transformers.models.auto.modeling_auto", "transformers.integrations.finegrained_fp8"])
 
 
-def be_script(args, env, out, err):
+def be_script(args, cwd, env, out, err):
     for fd, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY), fd)
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(ROOT)
-    sys.path[0], sys.argv = ROOT, [*args]
-    torch.set_num_threads(1)
-    runpy.run_path(args[0], run_name="__main__")
+    os.chdir(cwd)
+    sys.path[0], sys.argv = str(cwd), [*map(str, args)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run(*args, ok=True):
+def run(*args, ok=True, cwd=ROOT):
     """-> stdout of a script, or, where it should fail, the one line that it says."""
     with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as err:
-        process = forks.Process(target=be_script, args=(args, {**os.environ, "OMP_NUM_THREADS": "1"}, out.name, err.name))
+        process = forks.Process(target=be_script, args=(args, cwd, dict(os.environ), out.name, err.name))
         process.start()
         process.join()
         said, complained = out.read(), err.read()
@@ -164,7 +165,7 @@ def run(*args, ok=True):
 def torchrun(n, *args, ok=True):
     """-> stdout of a script in n processes, or, where it should fail, what they say."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout if ok else done.stderr
 
@@ -225,8 +226,7 @@ def peak_memory(code):
     if not os.path.exists("/proc/self/status"):
         pytest.skip("no /proc")
     code += "\nprint(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     mib = float(done.stdout.splitlines()[-1])
     print(f"{mib:.0f} MiB")

@@ -77,7 +77,7 @@ def command(settings, *before, **changes):
 
 
 def run(folder, args, **kwargs):
-    return subprocess.run(args, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.run(args, cwd=folder, capture_output=True, text=True, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -497,8 +497,7 @@ def test_answers_on_their_way_when_another_fails_are_kept(settings, server, tmp_
 
 def killed(folder, args, states):
     """Starts a run and kills it when its folder has gone through `states` states, or lets it end; -> how many there were."""
-    process = subprocess.Popen(args, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(args, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seen = set()
     while process.poll() is None and len(seen) < states:
         try:

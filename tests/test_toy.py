@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from string import ascii_letters
 from types import SimpleNamespace
@@ -16,9 +18,11 @@ import pytest
 import regex
 import tiktoken
 import torch
+from conftest import run
 from transformers import AutoTokenizer
 
 import data
+import experiments
 from prompt import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,14 +74,8 @@ def test_muon_is_torchs_in_float32(shape):
     assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()  # torch's multiplies in bfloat16
 
 
-def python(folder, *args):
-    """-> stdout of one of the scripts that toy() has copied"""
-    return subprocess.run([sys.executable, *args], cwd=folder, check=True, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": ""}).stdout
-
-
 def scores(folder, *args):
-    return json.loads(python(folder, "sample.py", "--data=data/toy/test.jsonl", *args).splitlines()[-1])
+    return json.loads(run("sample.py", "--data=data/toy/test.jsonl", *args, cwd=folder).splitlines()[-1])
 
 
 def checkout(folder):
@@ -99,7 +97,7 @@ def short(tmp_path_factory):
     # what train.py starts makes the toy of other settings
     script = folder / "data" / "toy" / "prepare.py"
     script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '{ROOT}/data/toy/prepare.py', *{SHORT}], check=True)\n")
-    return folder, python(folder, "train.py", "config/toy.py", "--epochs=1.0", "--eval_samples=4"), scores(folder)
+    return folder, run("train.py", "config/toy.py", "--epochs=1.0", "--eval_samples=4", cwd=folder), scores(folder)
 
 
 def test_the_toy_in_short(short):
@@ -110,9 +108,9 @@ def test_the_toy_in_short(short):
 
 def test_the_toy_is_the_same_made_in_parts(short, tmp_path):
     script = ROOT / "data" / "toy" / "prepare.py"
-    python(tmp_path, script, *SHORT, "--parts=examples")
+    run(script, *SHORT, "--parts=examples", cwd=tmp_path)
     assert not (tmp_path / "data/toy/encoder").exists()
-    python(tmp_path, script, *SHORT, "--parts=encoders")
+    run(script, *SHORT, "--parts=encoders", cwd=tmp_path)
     made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     assert Path("data/toy/decoder/model.safetensors") in made and Path("data/toy/qrels.val.tsv") in made
     for path in made:
@@ -123,7 +121,7 @@ def test_prepare_makes_the_toy(tmp_path):
     checkout(tmp_path)
     (tmp_path / "data/toy/prepare.py").write_text("import sys\nprint(__name__, sys.argv)")
     for given in [], ["--dataset=toy"]:
-        assert python(tmp_path, "prepare.py", *given) == f"__main__ ['{tmp_path}/data/toy/prepare.py']\n"
+        assert run("prepare.py", *given, cwd=tmp_path) == f"__main__ ['{tmp_path}/data/toy/prepare.py']\n"
 
 
 def test_train_makes_of_the_toy_what_is_missing(tmp_path, monkeypatch):
@@ -161,21 +159,29 @@ def test_training_the_toy_takes_no_numba_and_no_requests(script, wrong, says):
     ("compressors", 3, "encoder (ModernBERT), 2 layers | yes"), ("rate", 1, "25 | 4x"), ("length", 1, "5 of up to 20 tokens"),
     ("documents", 1, "1"), ("query", 1, "1 | 20x"), ("training", 2, "all of it | 0.001 | 0.001"),
     ("reranking", 2, "with it | the 5 best of 5")])
-def test_a_table_in_short(short, table, rows, has):
-    out = python(short[0], "experiments.py", f"--table={table}", "--steps=2", "--pretrain_steps=2", "--max_samples=6",
-                 f"--rows={rows}")
-    lines = [line for line in out.splitlines() if line.startswith("| ")]
-    assert len(lines) == rows + 2 and lines[-1].startswith(f"| {has} | ")
+def test_a_table_in_short(short, monkeypatch, table, rows, has):
+    monkeypatch.chdir(short[0])
+    monkeypatch.setattr(experiments, "run", partial(run, cwd=short[0]))
+    for name, value in dict(steps=2, pretrain_steps=2, max_samples=6).items():
+        monkeypatch.setattr(experiments, name, value)
+    os.makedirs(experiments.out_dir, exist_ok=True)
+    lines = [" | ".join(map(str, row)) for row in islice(experiments.TABLES[table](), rows + 1)]
+    assert len(lines) == rows + 1 and lines[-1].startswith(f"{has} | ")
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_a_table_is_printed(short):
+    out = run("experiments.py", "--table=documents", "--steps=2", "--max_samples=6", "--rows=1", cwd=short[0])
+    head, line, row = out.splitlines()[2:]
+    assert head == "| documents | compressed | full text |" and line == "| --- | --- | --- |" and row.startswith("| 1 | ")
 
 
 @pytest.mark.slow
 def test_the_toy_learns(tmp_path):
     checkout(tmp_path)
-    python(tmp_path, "train.py", "config/toy.py")
+    run("train.py", "config/toy.py", cwd=tmp_path)
     found = scores(tmp_path)
     assert found["compressed"]["em"] >= 0.90 and found["full"]["em"] >= 0.95 and found["none"]["em"] <= 0.10
-    python(tmp_path, "train.py", "config/pretrain_toy_modernbert.py")
-    python(tmp_path, "train.py", "config/toy_modernbert.py", "--init_from=out/pretrain_toy_modernbert/best",
-           "--out_dir=out/toy_pretrained")
+    run("train.py", "config/pretrain_toy_modernbert.py", cwd=tmp_path)
+    run("train.py", "config/toy_modernbert.py", "--init_from=out/pretrain_toy_modernbert/best", "--out_dir=out/toy_pretrained", cwd=tmp_path)
     assert scores(tmp_path, "--out_dir=out/toy_pretrained/best")["compressed"]["em"] >= 0.90

@@ -117,7 +117,7 @@ def test_another_split_of_the_same_batch_goes_on(small, one_process, tmp_path):
 
 def start(*args, **kwargs):
     return subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, **kwargs)
+                            env={**os.environ, "PYTHONUNBUFFERED": "1"}, **kwargs)
 
 
 def same_files(a, b):
