@@ -144,7 +144,8 @@ def be_script(args, cwd, env, out, err):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.path[0], sys.argv = str(cwd), [*map(str, args)]
+    sys.path.insert(0, str(cwd))
+    sys.argv = [*map(str, args)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -2,25 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, torchrun
+from conftest import EXAMPLES, ROOT, run, torchrun
 from test_scripts import losses
 
 from data import document_text
 from model import ScaleDown, ScaleDownConfig
 
 
-def python(*args):  # not forked: with a PYTHONPATH of its own
-    return subprocess.run([sys.executable, *args], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 @pytest.fixture
 def own(job, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.path.join(ROOT, "docs"))
+    monkeypatch.setenv("PYTHONPATH", os.path.join(ROOT, "docs"))  # of torchrun's processes
     monkeypatch.syspath_prepend(os.path.join(ROOT, "docs"))
     return [*job[0], "--compressor_type=mean_pooling.MeanPooling", "--enable_reranking=False", "--max_iters=20",
             "--eval_interval=10", "--lora_dropout=0.0"]
@@ -28,7 +22,7 @@ def own(job, monkeypatch):
 
 def test_a_compressor_of_ones_own_is_trained_saved_and_asked(own, job, tmp_path):
     _, _, folder = job
-    python("train.py", *own, f"--out_dir={tmp_path}/one")
+    run("train.py", *own, f"--out_dir={tmp_path}/one")
     torchrun(2, "train.py", *own, f"--out_dir={tmp_path}/two")
     a, b = losses(f"{tmp_path}/one"), losses(f"{tmp_path}/two")
     assert a == pytest.approx(b, abs=1e-5) and max(a) == 20
@@ -45,7 +39,7 @@ def test_a_compressor_of_ones_own_is_trained_saved_and_asked(own, job, tmp_path)
         torch.testing.assert_close(memory[0, i], c.linear(torch.stack(halves)))
     assert scores is None and (c.linear.weight - fresh.compressor.linear.weight).abs().max() > 1e-4
     assert len(model.generate([x["query"]], [x["documents"]])) == 1
-    out = python("sample.py", f"--out_dir={tmp_path}/one/best", f"--data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=bfloat16")
+    out = run("sample.py", f"--out_dir={tmp_path}/one/best", f"--data={folder / 'val.jsonl'}", "--device=cpu", "--dtype=bfloat16")
     assert json.loads(out.splitlines()[-1]).keys() == {"compressed", "full", "none"}
 
 
