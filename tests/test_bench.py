@@ -38,6 +38,9 @@ def test_flops_are_those_counted_by_hand(flops):
         cut = packed * (n - 1) / n + last
         for name, by_hand in (("_separate", separate), ("_packed", packed), ("", cut)):
             assert flops[f"n_layers_{n}{name}"]["compression_tflop"] == pytest.approx(by_hand / 1e12, rel=1e-3)
+    for name, P in (("none", q + k * 128), ("n_layers_8", q + k * 8 + k - 1)):  # 32 tokens, of which 31 are read again
+        generator = 32 * (2 * (attention + mlp) * (P + 31) + 4 * d * (P * P + sum(range(P + 1, P + 32)))) + 32 * 2 * d * 32000
+        assert flops[name]["generator_tflop"] == pytest.approx(generator / 1e12, rel=1e-6)
 
 
 def test_flops_of_the_released_layout_by_hand(tmp_path, flops):
@@ -66,11 +69,11 @@ def test_flops_that_the_readme_promises(flops):
 
 
 def test_flops_of_other_shapes_and_their_plots(tmp_path):
-    run("bench.py", "--generator=smollm2-135m", "--docs=2,4", "--num_memory_tokens=1,2", "--answer_tokens=2",
+    run("bench.py", "--generator=llama-3.2-1b", "--docs=2,4", "--num_memory_tokens=1,2", "--answer_tokens=2",
         f"--json={tmp_path / 'rows.json'}", f"--plot={tmp_path / 'plots'}")
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {(row["docs"], row["num_memory_tokens"]) for row in rows} == {(2, 1), (2, 2), (4, 1), (4, 2)}
-    assert sorted(os.listdir(tmp_path / "plots")) == ["smollm2-135m_docs.svg", "smollm2-135m_num_memory_tokens.svg"]
+    assert sorted(os.listdir(tmp_path / "plots")) == ["llama-3.2-1b_docs.svg", "llama-3.2-1b_num_memory_tokens.svg"]
 
 
 def test_cost_and_accuracy_of_a_run(trained, job, tmp_path):
