@@ -120,6 +120,8 @@ class Decoder:
     def prefill(self, x, real, positions, cache, prefix):
         """Fills the cache with the prompts -> logits (B, V) after them. The first `prefix` positions, which all rows
         have in common, are read once."""
+        if len(x) == 1:
+            prefix = 0  # nothing is shared, and one pass is faster than two
         if prefix:
             slots, shared = torch.arange(prefix, device=x.device), KVCache(prefix)
             self.step(x[:1, :prefix], slots, real[:1, :prefix], positions[:1, :prefix], shared)

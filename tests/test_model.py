@@ -241,6 +241,19 @@ def test_greedy_generation_is_transformers_own(tiny, name, examples):
             assert model.tokenizer.decode(row, skip_special_tokens=True).strip() == ours[b]
 
 
+def test_prompts_are_read_in_few_passes(tiny, examples):
+    """One row in one pass; of several the beginning, which all have, in a pass of its own."""
+    model = build(tiny)
+    read = []
+    model.generator.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+    for n, first in ((1, None), (2, (1, len(model.before_ids)))):
+        queries, documents = [x["query"] for x in examples[:n]], [x["documents"] for x in examples[:n]]
+        P = model.embed_prompts(queries, documents)[1].shape[1]
+        read.clear()
+        model.generate(queries, documents, 1)
+        assert read == ([(1, P)] if n == 1 else [first, (n, P - first[1])])
+
+
 def test_padding_does_not_count_within_an_attention_window(tiny):
     """The logits after prompts of unequal length, and after one token more, against transformers' without padding."""
     model = build(tiny, "gemma3")
