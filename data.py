@@ -90,7 +90,7 @@ class Examples:
     def read(self, path, check):
         """check: says what is wrong with a parsed example, None when it is good."""
         if not os.path.isfile(path):
-            made = re.search(r"(?:^|/)data/([^/]+)/(?:train|val)\.jsonl$", path)
+            made = self.kind == "examples" and re.search(r"(?:^|/)data/([^/]+)/(?:train|val)\.jsonl$", path)
             raise FileNotFoundError(f"{path} does not exist" + (
                 "" if not made else ": python train.py config/toy.py makes the toy" if made[1] == "toy" else
                 f": python prepare.py --dataset={made[1]} --corpus=FILE --queries=FILE makes it"))

@@ -5,7 +5,7 @@ Trains a compressor and the generator's LoRA on a teacher's answers, on one devi
     python train.py config/n_layers.py --batch_size=4                            # any setting can be overridden
     torchrun --nproc_per_node=8 train.py config/n_layers.py                      # 8 GPUs, DDP
     torchrun --nproc_per_node=8 train.py config/n_layers.py --fsdp=True          # 8 GPUs that share out the weights
-    torchrun --nproc_per_node=2 train.py config/toy.py --device=trainium         # 2 NeuronCores
+    torchrun --nproc_per_node=2 train.py config/modernbert.py --device=trainium  # 2 NeuronCores
 
 writes into out_dir, every eval_interval steps: last/, the checkpoint that --init_from=resume goes on from; previous/,
 the one before it; best/, that of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the step, save

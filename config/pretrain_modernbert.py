@@ -1,5 +1,8 @@
 # ModernBERT-base learns to be read by Mistral-7B, from text alone (paper, appendix I); config/modernbert.py can begin
 # with it: --init_from=out/pretrain_modernbert/best. A corpus of chunks of 128 tokens, each twice: repeat, continue.
+# Any corpus in two parts, here one that prepare.py has made:
+#     mkdir -p data/pretrain && head -n 1000 data/msmarco/corpus.jsonl > data/pretrain/val.jsonl
+#     tail -n +1001 data/msmarco/corpus.jsonl > data/pretrain/train.jsonl
 out_dir = "out/pretrain_modernbert"
 task = "pretrain"
 train_data = "data/pretrain/train.jsonl"

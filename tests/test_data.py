@@ -8,7 +8,7 @@ import pytrec_eval
 from transformers import AutoTokenizer
 
 from configurator import configure
-from data import Chunks, Examples, StepExamples, with_documents_of_others
+from data import Chunks, Documents, Examples, StepExamples, with_documents_of_others
 from files import replacing_folder
 from metrics import mean_scores, ndcg, score, trec_order
 
@@ -73,6 +73,9 @@ def test_a_broken_json_list(tmp_path, text, line):
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl does not exist"):
         Examples("nowhere.jsonl")
+    for kind, end in ((Examples, "--dataset=x --corpus=FILE --queries=FILE makes it"), (Documents, "does not exist")):
+        with pytest.raises(FileNotFoundError, match=f"{end}$"):  # prepare.py makes no text
+            kind("data/x/train.jsonl")
     for text in ("", "\n\n"):
         with pytest.raises(ValueError, match="holds no examples"):
             Examples(write(tmp_path / "a.jsonl", text))
