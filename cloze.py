@@ -26,7 +26,7 @@ examples = 20000  # how many to make
 mix = ""  # a file of examples to put before them
 repeats = 1  # how often
 leave_out = ""  # BEIR's qrels of the questions to test with: their passages are left out
-most_words = 85  # of a passage; of Wikipedia, where doc_tokens is 128, 4% of the answers are cut off then
+most_words = 85  # longer passages are cut to as many; with doc_tokens=128, 4% of Wikipedia's answers lie after the cut
 out = ""  # a folder
 seed = 0
 # -----------------------------------------------------------------------------

@@ -13,12 +13,14 @@ from metrics import describe, paired_test
 
 # -----------------------------------------------------------------------------
 answers = ""  # files that evaluate.py has written, with commas
-groups = ""  # beginnings of _id, with commas: the same of these questions by themselves as well
+groups = ""  # beginnings of _id, with commas: a table of these questions alone, too
 score = "f1"  # what the test is about: f1, em, match or judge
 resamples = 10_000
 # -----------------------------------------------------------------------------
 configure(globals())
 at_least(globals(), resamples=1)
+if score not in ("f1", "em", "match", "judge"):
+    fail(f"score is f1, em, match or judge, not '{score}'")
 
 
 def read_ways(paths):

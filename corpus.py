@@ -25,8 +25,8 @@ def chunk(tokenizer, documents, max_tokens):
     """Cuts documents [(id, title, text), ..] into passages [{"_id": "ID#0", "title", "text"}, ..]: each text every n
     tokens, so that a passage with its title, as document_text() writes it, has at most max_tokens (>= 8).
 
-    No character of a text is lost but white space at a cut; a character made of several tokens goes to the chunk of the
-    first of them. A title is cut at half of max_tokens.
+    No character of a text is lost but white space at a cut; a character of several tokens that a cut would split goes
+    to the next chunk whole. A title is cut at half of max_tokens.
     """
     def offsets_of(texts):
         # a control token in a text is read as the text that it is (pretrained.py)

@@ -39,8 +39,7 @@ def file_format(path):
     first = [line for _, line in islice(lines(path), 10)]
     if first and first[0].lstrip()[0] in "{[":
         return "json"
-    ids = [line.split("\t")[0].strip() for line in first]
-    in_columns = all("\t" in line for line in first) and not any(" " in id for id in ids)
+    in_columns = all("\t" in line for line in first)
     return "tsv" if in_columns or path.removesuffix(".gz").endswith(".tsv") else "text"
 
 
@@ -161,7 +160,8 @@ def read_queries(path):
         answers = metadata.get("answers") or [] if isinstance(metadata, dict) else []
         if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
             fail(f"{where}: metadata.answers is not a list of strings")
-        yield where, dict(_id=check_id(where, x.get("_id")), text=text.strip(), answers=answers)
+        yield where, dict(_id=check_id(where, x.get("_id")), text=text.strip(),
+                          answers=[a for a in answers if a.strip()])
 
 
 # ---- training data of others
@@ -190,7 +190,7 @@ def examples_of(row):
 def one_answer(x):
     """An example whose answer is perhaps a list of gold answers, with the first of them as its answer."""
     golds = x.get("answer")
-    return {**x, "answer": golds[0], "answers": golds} if isinstance(golds, list) and golds else x
+    return {**x, "answer": golds[0] if golds else "", "answers": golds} if isinstance(golds, list) else x
 
 
 # ---- TREC runs: a line is query, Q0, passage, rank, score, tag

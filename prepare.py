@@ -271,7 +271,7 @@ class CrossEncoder:
     @torch.inference_mode()
     def scores(self, pairs, batch_tokens):
         """(query, document) pairs -> a list of raw logits."""
-        ids = self.tokenizer(*map(list, zip(*pairs)), truncation="only_second", max_length=self.max_length)
+        ids = self.tokenizer(*map(list, zip(*pairs)), truncation="longest_first", max_length=self.max_length)
         scores = [0.0] * len(pairs)
         for batch in by_length([len(x) for x in ids["input_ids"]], batch_tokens):
             logits = self.model(**pad(self.tokenizer, ids, batch).to(self.model.device)).logits  # (B, 1)
@@ -480,7 +480,7 @@ def check_files():
     for name in ("corpus", "queries", "run"):
         path = globals()[name]
         if path and not os.path.isfile(path):
-            fail(f"{name}: {path} does not exist")
+            fail(f"{name}: {path} {'is not a file' if os.path.exists(path) else 'does not exist'}")
         if path and os.path.getsize(path) == 0:
             fail(f"{name}: {path} is empty")
         if path.removesuffix(".gz").endswith((".csv", ".parquet")):
@@ -530,22 +530,27 @@ def remove(path):
     shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else Path(path).unlink(missing_ok=True)
 
 
-def begun(folder, name):
-    """Whether anything of a stage is on disk."""
-    paths = [f"{folder}/{file}" for file in STAGES[name].files]
-    return any(os.path.exists(path) or any(Path(f"{path}.parts").glob("*")) for path in paths)
+def paths_of(folder, stages):
+    """The files of stages, and the folders with their parts."""
+    return [f"{folder}/{file}{end}" for name in stages for file in STAGES[name].files for end in ("", ".parts")]
+
+
+def begun(folder, stages):
+    """What there is of some stages on disk; an empty folder of parts is nothing."""
+    return [path for path in paths_of(folder, stages)
+            if os.path.exists(path) and (not path.endswith(".parts") or any(Path(path).iterdir()))]
 
 
 def start_manifest(folder, settings):
     """The manifest of this run, with the stages of the former one that can stay. Exits when something was made with
     other settings, unless overwrite is True; then that goes, and what was made of it."""
-    former, files = {}, [f"{folder}/{file}" for stage in STAGES.values() for file in stage.files]
+    former = {}
     for name in ("corpus", "queries", "run"):
-        if globals()[name] and os.path.realpath(globals()[name]) in map(os.path.realpath, files):
+        if globals()[name] and os.path.realpath(globals()[name]) in map(os.path.realpath, paths_of(folder, STAGES)):
             fail(f"{name}: {globals()[name]} would be written over: choose another --dataset")
     if not os.path.exists(f"{folder}/manifest.json"):
-        for file in filter(os.path.exists, files):
-            fail(f"{file} is not made by this command: choose another --dataset")
+        if others := begun(folder, STAGES):
+            fail(f"{others[0]} is not made by this command: choose another --dataset")
     else:
         with open(f"{folder}/manifest.json", encoding="utf-8") as f:
             former = json.load(f).get("stages")
@@ -558,14 +563,18 @@ def start_manifest(folder, settings):
     was = {name: {"chunk_words": 0} | former[name]["settings"] if name in former else now[name] for name in STAGES}
     if run:  # the index is not needed, but still good for a command without run
         now["index"] = was["index"]
+    if not reranker:
+        now["rerank"]["encoder_dtype"] = was["rerank"].get("encoder_dtype")
+    if teacher == "gold":
+        now["teacher"]["answer_tokens"] = was["teacher"].get("answer_tokens")
     changed = {name: [key for key in now[name] if was[name].get(key) != now[name][key]] for name in STAGES}
     stale = {other for name in STAGES if changed[name] for other in (name, *later(name))}
-    on_disk = [name for name in STAGES if name in stale and begun(folder, name)]
+    on_disk = [name for name in STAGES if name in stale and begun(folder, [name])]
     if on_disk and not overwrite:
         made_with = {}  # a setting may be that of several stages
         for name in STAGES:
             if {name, *later(name)} & {*on_disk}:
-                made_with |= {key: f"{key}: other contents than now {globals()[key]}" if key in contents else
+                made_with |= {key: f"another content of {key}={globals()[key]}" if key in contents else
                               f"{key}={was[name].get(key)}, now {globals()[key]}" for key in changed[name]}
         fail(f"{folder} was made with {', '.join(made_with.values())}: --overwrite=True makes anew "
              f"{', '.join(on_disk)}, another --dataset keeps both")
@@ -587,14 +596,13 @@ def start_manifest(folder, settings):
 def replace_files(folder, stages, manifest):
     """Writes the manifest, and removes the files of `stages`, which it no longer has. These are renamed first: a crash
     leaves the former manifest with its files or without them, or the new one without them, never half of them."""
-    for file in (f"{folder}/{file}{end}" for name in stages for file in STAGES[name].files for end in ("", ".parts")):
-        if os.path.exists(file):
-            remove(f"{file}.old")
-            os.rename(file, f"{file}.old")
+    for path in filter(os.path.exists, paths_of(folder, stages)):
+        remove(f"{path}.replaced")
+        os.rename(path, f"{path}.replaced")
     with replacing(f"{folder}/manifest.json") as f:
         f.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
-    for old in Path(folder).glob("*.old"):
-        remove(old)
+    for path in paths_of(folder, STAGES):
+        remove(f"{path}.replaced")
 
 
 def remove_parts(folder, name):
@@ -647,6 +655,7 @@ def make_dataset(settings):
     global device, dtype, encoder_dtype
     device = torch_device(device)
     settings["dtype"] = dtype = dtype or fast_dtype(device)
+    settings["teacher_url"] = re.sub("//[^/]+@", "//", teacher_url)  # a password is not for the manifest
     settings["encoder_dtype"] = encoder_dtype = encoder_dtype or ("float16" if device.startswith("cuda") else dtype)
     if distributed.rank == 0:
         check_settings()
@@ -687,14 +696,17 @@ def copy_public():
     folder = f"data/{dataset}"
     os.makedirs(folder, exist_ok=True)
     with lock(folder):
-        copy_examples(folder, examples, val_fraction, overwrite)
+        copy_examples(folder, examples, val_fraction, max_queries, overwrite)
 
 
 if __name__ == "__main__":
     settings = configure(globals())
     if examples:
-        with fail_on(OSError):
-            copy_public()
+        try:
+            with fail_on(OSError):
+                copy_public()
+        except KeyboardInterrupt:
+            fail("interrupted: the same command begins anew")
     elif dataset == "toy":
         make_toy()
     else:

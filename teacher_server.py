@@ -1,6 +1,6 @@
 """
 A teacher on a server that speaks OpenAI's protocol, such as vLLM: several requests at a time, tried again after
-whatever may pass. No message of these functions holds the key or the password of the URL.
+whatever may be temporary. No message of these functions holds the key or the password of the URL.
 """
 
 import os
@@ -27,8 +27,8 @@ class Complaint(Exception):
         self.status, self.text, self.seconds = status, text, seconds
 
     def about_the_request(self, is_chat):
-        """Whether this request is refused and others may not be: it is too long, or against the server's rules. Some
-        servers have no other path than that of the chat."""
+        """Whether this request is refused and others may not be: it is too long, or against the server's rules. A
+        server that has nothing but the chat answers 404, 405 or 501 to other paths."""
         return self.status in (400, 413, 422) or not is_chat and self.status in (404, 405, 501)
 
     def may_pass(self):
@@ -61,13 +61,14 @@ class Server:
             fail("OPENAI_API_KEY is no key: it holds white space, or letters that no HTTP header takes")
         self.url, self.teacher, self.answer_tokens = url.rstrip("/"), teacher, answer_tokens
         self.retries, self.timeout = retries, timeout
-        self.secrets = [secret for secret in (key, *re.findall("//([^/@]+)@", url)) if secret]
+        self.secrets = [secret for secret in (key, *re.findall("//([^/]+)@", url)) if secret]
         self.name = self.public(url)
         self.stopped = threading.Event()  # no further tries
         self.session = requests.Session()
         self.session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=connections))
         if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
+            self.session.auth = lambda request: request  # or requests puts what ~/.netrc has in the key's place
         # what a server may reject, by name
         self.options = dict(max_tokens=answer_tokens, temperature=0, chat_template_kwargs=dict(enable_thinking=False))
         try:  # a template without a system role wants the system line in the user's turn, as in model.py

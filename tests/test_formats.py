@@ -3,6 +3,7 @@
 import gzip
 from pathlib import Path
 
+import pytest
 from conftest import jsonl, write
 
 from formats import read_documents, read_queries
@@ -41,6 +42,9 @@ def test_query_formats(tmp_path):
     assert read("long.tsv", f"1\twho\r{'o' * 10000}\n2\tb\n") == [("1", "who\r" + "o" * 10000, []), ("2", "b", [])]
     assert read("crlf", "query_id\ttext\r\n7\twho\r\n") == [("7", "who", [])]
     assert read("not_gzipped.tsv.gz", "1\twho\n") == [("1", "who", [])]
+    with pytest.raises(SystemExit, match="qa.txt, line 1: _id 'who is it' is no word or number"):  # not a question with its answer
+        read("qa.txt", "who is it\tMara\nwho was it\tLoku\n")
+    assert read("gold.jsonl", '{"_id": 1, "text": "b", "metadata": {"answers": [" ", "a"]}}\n') == [("1", "b", ["a"])]
 
 
 def test_columns_of_passages(tmp_path):

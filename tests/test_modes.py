@@ -137,6 +137,7 @@ def test_compare_pairs_the_same_questions(tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps(dict(query="another", references=[])) + "\n")
     for args, why in (([f"--answers={a},{tmp_path / 'c.jsonl'}"], "has answers to other questions than"),
                       ([f"--answers={a}", "--score=judge"], "is no file of answers by evaluate.py with a judge in every line"),
+                      ([f"--answers={a}", "--score=answer"], "score is f1, em, match or judge, not 'answer'"),
                       ([f"--answers={tmp_path / 'empty.jsonl'}"], "is no file of answers"),
                       ([f"--answers={tmp_path / 'broken.jsonl'}"], "broken.jsonl, line 2: broken JSON"),
                       ([f"--answers={a}", "--groups=z"], "no question has an _id that begins with z"),

@@ -132,6 +132,25 @@ def test_scores_keep_all_their_digits(settings, tmp_path, monkeypatch, whole):
         float32.astype(float), rel=1e-7)
 
 
+def test_what_no_model_has_used_may_change(settings, tmp_path, monkeypatch, capfd, whole):
+    changes = dict(run=str(whole / "run.retrieval.trec"), reranker="", teacher="gold")
+    make(tmp_path, monkeypatch, settings, **changes)
+    capfd.readouterr()
+    make(tmp_path, monkeypatch, settings, **changes, encoder_dtype="bfloat16", answer_tokens=7)
+    assert capfd.readouterr().out.count("there already") == 6
+    assert "encoder_dtype=float32, now bfloat16" in wrong(  # a reranker's would differ
+        capfd, tmp_path, monkeypatch, settings, **changes | dict(reranker=settings["reranker"]), encoder_dtype="bfloat16")
+
+
+def test_parts_of_another_run_are_not_taken(settings, tmp_path, monkeypatch, capfd):
+    parts = tmp_path / "data" / "x" / "corpus.jsonl.parts"
+    parts.mkdir(parents=True)
+    write(parts / "000000", '{"_id": "old#0", "title": "", "text": "another corpus"}\n')
+    assert "data/x/corpus.jsonl.parts is not made by this command" in wrong(capfd, tmp_path, monkeypatch, settings)
+    (parts / "000000").unlink()
+    make(tmp_path, monkeypatch, settings, last_stage="corpus")
+
+
 # ---- retrieval
 
 
@@ -329,6 +348,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.asked.append(body)
+            self.server.keys.add(self.headers["Authorization"])
             failure = self.server.failures.pop() if self.server.failures else None
         answer = json.dumps(dict(choices=[dict(message=dict(content=f" {self.server.answer(body)} "), finish_reason="stop")])).encode()
         if failure == "slow":
@@ -353,6 +373,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.asked, server.failures, server.models, server.lock = [], [], ["a-model"], threading.Lock()
+    server.keys = set()
     server.answer = lambda body: "answer to " + body["messages"][-1]["content"].rpartition("Question: ")[2]
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -473,9 +494,18 @@ def test_no_key_in_any_message(settings, server, tmp_path, monkeypatch, capfd):
         says = wrong(capfd, tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=1)
         assert "SECRET" not in says + "".join(capfd.readouterr()) and ("***" in says or "OPENAI_API_KEY" in says)
     monkeypatch.delenv("OPENAI_API_KEY")
-    url = server.url.replace("//", "//me:SECRET@")
-    server.failures = [401]
-    assert "SECRET" not in wrong(capfd, tmp_path, monkeypatch, settings, teacher_url=url, teacher_requests=1)
+    for password in ("SECRET", "SEC@SECRET"):
+        url = server.url.replace("//", f"//me:{password}@")
+        server.failures = [401]
+        assert "SECRET" not in wrong(capfd, tmp_path, monkeypatch, settings, teacher_url=url, teacher_requests=1)
+    assert "SECRET" not in (tmp_path / "data" / "x" / "manifest.json").read_text()
+
+
+def test_the_key_is_sent_whatever_netrc_has(settings, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("NETRC", write(tmp_path / "netrc", "machine 127.0.0.1 login me password p\n"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    make(tmp_path, monkeypatch, settings, teacher_url=server.url)
+    assert server.keys == {"Bearer sk-1"}
 
 
 def test_another_server_than_before(settings, server, tmp_path, monkeypatch, capfd):
@@ -571,13 +601,14 @@ def test_other_settings_stop_or_overwrite(settings, whole, tmp_path, monkeypatch
     assert "--overwrite=True makes anew rerank, teacher, train" in says
     other = jsonl(tmp_path / "other.jsonl", load(settings["queries"])[:15])
     says = wrong(capfd, tmp_path, monkeypatch, settings, queries=other)
-    assert "queries: other contents than now" in says and "makes anew queries, retrieval, rerank, teacher, train" in says
+    assert f"another content of queries={other}" in says and "makes anew queries, retrieval, rerank, teacher, train" in says
     assert before == {name: (folder / name).stat().st_mtime_ns for name in FILES}
+    mine = Path(write(folder / "train.jsonl.old", "the user's"))
     make(tmp_path, monkeypatch, settings, num_documents=2, overwrite=True)
     after = {name: (folder / name).stat().st_mtime_ns for name in FILES}
     assert {name for name in FILES if after[name] != before[name]} == {"run.rerank.trec", "teacher.jsonl", "train.jsonl", "val.jsonl"}
     assert all(len(x["documents"]) == 2 for x in load(folder / "train.jsonl"))
-    assert not list(folder.glob("*.old"))
+    assert not list(folder.glob("*.replaced")) and mine.read_text() == "the user's"
     # a copy elsewhere of the same input is the same input
     make(tmp_path, monkeypatch, settings, num_documents=2, corpus=str(shutil.copy(settings["corpus"], tmp_path / "copy.jsonl")))
 
@@ -891,7 +922,7 @@ def test_an_index_that_was_moved_to_another_disk_and_linked(settings, tmp_path, 
     fresh = make(tmp_path / "fresh", monkeypatch, settings, teacher="gold", doc_tokens=20)
     for name in FILES:
         assert (folder / name).read_bytes() == (fresh / name).read_bytes()
-    assert not (folder / "index").is_symlink() and not [*folder.glob("*.old")]
+    assert not (folder / "index").is_symlink() and not [*folder.glob("*.replaced")]
     assert sorted(f.name for f in (tmp_path / "elsewhere").iterdir()) == kept  # another's, perhaps
 
 
@@ -943,3 +974,4 @@ def test_rerankers_of_another_make(tiny, tmp_path, kind):
     with torch.no_grad():
         theirs = [model(**tokenizer(q, d, truncation="only_second", max_length=limit, return_tensors="pt")).logits.item() for q, d in pairs]
     assert ours.scores(pairs, 512) == pytest.approx(theirs, abs=1e-4)
+    assert ours.scores([("the mayor of Loku " * 60, "stone")], 512)  # longer than the model reads: cut, too

@@ -10,7 +10,7 @@ from conftest import EXAMPLES, ROOT, jsonl, losses, run
 from corpus import chunk_by_words
 from data import Examples
 from formats import examples_of
-from public import read_examples
+from public import copy_examples, read_examples
 
 datasets = pytest.importorskip("datasets")
 PISCO = [dict(query=f"{x['query']} {i}", docs=[d if isinstance(d, str) else d["text"] for d in x["documents"]],
@@ -97,7 +97,7 @@ def test_prepare_copies_a_file_or_a_folder(tmp_path, dataset, tiny):
         made.append(read(dataset))
         assert f"{len(made[-1]['train'])} train, {len(made[-1]['val'])} val" in said
         assert "there already" in run(*args)
-        assert "made with other settings" in run(*args, "--val_fraction=0.1", ok=False)
+        assert "made with val_fraction=0.2, now 0.1" in run(*args, "--val_fraction=0.1", ok=False)
         assert sorted(x["query"] for part in made[-1].values() for x in part) == sorted(x["query"] for x in ours)
         assert all(x in ours for part in made[-1].values() for x in part)
     assert made[0] == made[1] == made[2] and 1 <= len(made[0]["val"]) < 12
@@ -147,6 +147,41 @@ def test_a_folder_made_of_a_corpus_stays(tmp_path, dataset):
         assert "was made of a corpus and queries" in run(
             "prepare.py", f"--dataset={dataset}", f"--examples={path}", f"--overwrite={overwrite}", ok=False)
     assert sorted(os.listdir(folder)) == [".lock", "manifest.json"]
+
+
+def test_a_changed_source_is_noticed_and_a_removed_file_made_anew(tmp_path, dataset):
+    path = jsonl(tmp_path / "x.jsonl", PISCO)
+    args = "prepare.py", f"--dataset={dataset}", f"--examples={path}", "--val_fraction=0.2"
+    run(*args)
+    made = read(dataset)
+    os.remove(f"{ROOT}/data/{dataset}/val.jsonl")
+    run(*args)
+    assert read(dataset) == made
+    jsonl(tmp_path / "x.jsonl", PISCO[:5])
+    assert f"was made with another content of {path}" in run(*args, ok=False)
+    jsonl(tmp_path / "x.jsonl", PISCO)
+    assert "max_queries=0, now 3" in run(*args, "--max_queries=3", ok=False)
+    run(*args, "--max_queries=3", "--overwrite=True")
+    assert sorted(x["query"] for rows in read(dataset).values() for x in rows) == sorted(x["query"] for x in PISCO[:3])
+
+
+def test_a_crash_between_two_files_mixes_no_splits(tmp_path, monkeypatch):
+    path, folder, real = jsonl(tmp_path / "x.jsonl", PISCO), tmp_path / "made", os.replace
+    folder.mkdir()
+
+    def crash(source, target):
+        if target.endswith("train.jsonl"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    for before, fraction in ((None, 0.2), (0.2, 0.6), (0.6, 0.1)):
+        monkeypatch.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            copy_examples(str(folder), path, fraction, 0, True)
+        monkeypatch.setattr(os, "replace", real)
+        copy_examples(str(folder), path, before or fraction, 0, False)  # neither refused nor taken as complete
+        rows = [json.loads(line)["query"] for kind in ("train", "val") for line in open(folder / f"{kind}.jsonl")]
+        assert sorted(rows) == sorted(x["query"] for x in PISCO)
 
 
 def test_what_prepare_has_made_is_read_as_a_folder(tmp_path):
