@@ -8,6 +8,7 @@ documents' text in the prompt, answered by the same vLLM, compression included. 
 No two prompts begin with the same documents, so that vLLM's prefix cache helps neither side.
 """
 
+import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,8 @@ def seconds(bodies):
 def main():
     configure(globals())
     at_least(globals(), docs=1, doc_tokens=1, answer_tokens=1, repeats=1)
+    if not tokenizer or not os.path.isfile(corpus):
+        fail("--tokenizer=FOLDER, the generator's, and --corpus=FILE, the passages to ask about, are needed")
     prompt = Prompt(load_tokenizer(tokenizer))
     passages = (document_text(dict(title=title, text=text)) for _, title, text in read_documents(corpus))
     passages = [cut for p in passages for cut in prompt.cut([p], doc_tokens) if len(prompt.ids(cut)) >= doc_tokens - 2]

@@ -93,8 +93,9 @@ def read_config(folder, config_class):
     checkpoint have their default. Raises OSError, ValueError."""
     path = f"{folder}/config.json"
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{folder} holds no checkpoint: {path} does not exist"
-                                + ": python train.py config/toy.py makes the toy" * path.startswith("out/toy/"))
+        hint = (f"; {os.path.join(folder, 'best')} holds one" if os.path.isfile(f"{folder}/best/config.json") else
+                ": python train.py config/toy.py makes the toy" * path.startswith("out/toy/"))
+        raise FileNotFoundError(f"{folder} holds no checkpoint: {path} does not exist{hint}")
     with open(path) as f:
         try:
             saved = json.load(f)
@@ -163,6 +164,7 @@ class Checkpoints:
         if os.path.exists(out_dir) and not os.path.isdir(out_dir):
             fail(f"out_dir={out_dir} is not a folder")
         self.out_dir, self.step, self.metrics, self.lock_file = out_dir, 0, f"{out_dir}/metrics.jsonl", None
+        self.went_back = False  # to the previous checkpoint, which best/ may be newer than
         self.last, self.previous, self.best, self.damaged = (
             f"{out_dir}/{name}" for name in ("last", "previous", "best", "damaged"))
 
@@ -214,6 +216,7 @@ class Checkpoints:
             if os.path.isdir(self.last):
                 shutil.rmtree(self.damaged, ignore_errors=True)
                 os.rename(self.last, self.damaged)
+                self.went_back = True
             os.rename(self.previous, self.last)
             print0(f"{self.last}: {wrong}: the previous checkpoint is used")
 
@@ -260,7 +263,7 @@ class Checkpoints:
         with self.writing("the folder", step):
             os.makedirs(self.out_dir, exist_ok=True)
             self.lock()
-            if is_best:
+            if is_best and not (self.went_back and os.path.isdir(self.best)):
                 self.copy_to_best()  # it may have been killed when it was about to
             kept = []
             if step > 0 and os.path.isfile(self.metrics):  # what came after the checkpoint is said again

@@ -257,12 +257,17 @@ def open_data(c):
 
 
 def check_questions(queries, documents=None):
-    """Raises ValueError for an empty query and, where there are to be documents, for a query without any."""
+    """Raises ValueError for an empty query and, where there are to be documents, unless every query has a list of them.
+    """
+    if isinstance(queries, str) or documents is not None and len(queries) != len(documents):
+        raise ValueError("a list of queries takes as many lists of documents")
     for i, query in enumerate(queries):
         if not query.strip():
             raise ValueError("empty query")
         if documents is not None and not documents[i]:
             raise ValueError(f"no documents for the query '{query}'")
+        if documents is not None and isinstance(documents[i], (str, dict)):
+            raise ValueError(f"the documents of the query '{query}' are not in a list")
 
 
 def with_documents_of_others(examples):
@@ -302,7 +307,6 @@ class StepExamples:
         numbers = [int(self.order(i // n)[i % n]) for i in range(step * self.per_step, (step + 1) * self.per_step)]
         return sorted(((i, self.examples[i]) for i in numbers),
                       key=lambda pair: example_size(pair[1], self.num_documents))
-
 
     def describe(self, step, losses, norm, batch_size):
         """Which examples made the loss of a finished step infinite or NaN; losses (processes, micro-batches, names)."""

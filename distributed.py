@@ -267,4 +267,6 @@ def load_optimizer_state(model, optimizer, state):
     if state:
         for group, own in zip(state["param_groups"], optimizer.param_groups):
             group.update({name: value for name, value in own.items() if name != "params"})  # fused is this device's
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        # strict would refuse a parameter of the user's own compressor that has had no gradient yet
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -5,8 +5,8 @@ from torch import nn
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU, where that draws number after number on one core, by 16 random bits a number instead, and
-    with a mask of one byte a number for the backward pass."""
+    """nn.Dropout. On a CPU, where nn.Dropout draws one random number for each element on one core, four elements share
+    a draw of 64 bits; the mask for the backward pass has one byte an element."""
 
     def forward(self, x):
         if not self.training or self.p in (0, 1) or x.device.type != "cpu":

@@ -238,7 +238,7 @@ examples = [examples[i] for i in range(min(len(examples), max_samples or len(exa
 for x in examples:
     x["documents"] = x["documents"][:candidates or None]
 if compress:
-    with fail_on(ValueError, OSError, SafetensorError):  # the last of a full disk
+    with fail_on(ValueError, OSError, SafetensorError):  # safetensors' own error when the disk is full
         fill_store()
 elif export:
     modes.export(export)

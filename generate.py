@@ -32,8 +32,8 @@ def eval_mode(model):
 
 class KVCache:
     """Keys and values of every layer, (B, G, length, c) each, in tensors of their final size. The caller sets `slots`,
-    the positions that the next step writes. Takes the place of transformers' own, of which attention layers use no more
-    than this."""
+    the positions that the next step writes. Stands in for transformers' own, of which attention layers call no more
+    than these two methods."""
 
     def __init__(self, length):
         self.length, self.layers = length, {}  # layer -> keys, values
@@ -76,12 +76,12 @@ def last_logits(model, x, mask, n):
                  logits_to_keep=last).logits
 
 
-def check_length(model, length):
-    """Raises ValueError when a prompt and its answer have more positions than the model."""
+def check_length(model, length, whose=""):
+    """Raises ValueError when a prompt and its answer have more positions than the model. whose: says which prompt."""
     limit = getattr(model.config, "max_position_embeddings", None) or length
     if length > limit:
-        raise ValueError(f"prompt and answer ({length} tokens) are longer than the generator's {limit} positions: "
-                         "fewer documents, or lower num_memory_tokens, doc_tokens or answer_tokens")
+        raise ValueError(f"prompt and answer{whose} ({length} tokens) are longer than the generator's {limit} "
+                         "positions: fewer documents, or lower num_memory_tokens, doc_tokens or answer_tokens")
 
 
 class Decoder:

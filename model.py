@@ -145,7 +145,7 @@ class ScaleDown(nn.Module):
         length = batch["tail_mask"].sum(1)
         if c.mode == "compressed":
             length += len(self.before_ids) + present.sum(1) * (c.num_memory_tokens + 1) + c.sep_after_last - 1
-        generate.check_length(self.generator, length.max().item())
+        generate.check_length(self.generator, length.max().item(), f" of the query '{queries[length.argmax()]}'")
         if c.enable_reranking and "reranking_scores" in examples[0]:
             batch["scores"] = torch.tensor([(x["reranking_scores"][:k] + [0.0] * k)[:k] for x in examples])  # (B, k)
         return batch
@@ -204,6 +204,7 @@ class ScaleDown(nn.Module):
         what stands for a missing document means nothing. Raises ValueError where config.mode is not compressed."""
         if self.config.mode != "compressed":
             raise ValueError(f"a model trained with mode={self.config.mode} makes no memory")
+        check_questions(queries, documents)
         texts = [[document_text(d) for d in docs] for docs in documents]
         batch = self.compressor.tokenize([q.strip() for q in queries], texts, max(map(len, texts)))
         with generate.eval_mode(self):
@@ -224,6 +225,7 @@ class ScaleDown(nn.Module):
         """B queries and B lists of documents -> what the generator reads: embeddings (B, P, d) and mask (B, P). On XLA
         and TorchNeuron of one shape for all queries, given num_documents. memory: as in generate()."""
         mode = self.config.mode if mode == "fine-tuned" else mode
+        check_questions(queries, documents if mode != "none" else None)
         if mode == "compressed":
             examples = [dict(query=q, documents=d) for q, d in zip(queries, documents)]
             fixed = self.device.type in ("xla", "neuron")
@@ -231,7 +233,6 @@ class ScaleDown(nn.Module):
             if memory is None:
                 memory, _ = self.compressor(**batch["compressor"])
             return self.prompt_embeddings(memory, batch)
-        check_questions(queries, documents if mode == "full" else None)
         ids, mask = left_pad(self.prompt.ids(self.full_prompts(queries, [d[:num_documents] for d in documents], mode)))
         return self.generator.get_input_embeddings()(ids.to(self.device)), mask.to(self.device)
 

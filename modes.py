@@ -18,8 +18,9 @@ from model import ScaleDown
 
 
 class Modes:
-    """A checkpoint, ready to answer. keep: the number of documents to answer from, 0 = all; store: a folder with their
-    memory. Exits with one line for what does not go together. names: the modes that it has."""
+    """A checkpoint, ready to answer. keep: answer from the n most relevant documents (enable_reranking), 0 = from all;
+    store: a folder with their memory. Exits with one line for what does not go together. names: the modes that it
+    has."""
 
     def __init__(self, out_dir, device, dtype, keep=0, store="", generator="", compressor_model=""):
         device = torch_device(device)

@@ -83,7 +83,7 @@ with fail_on(ValueError, OSError):
         print(f"{mode:10}  {n:5} positions read by the generator   {answer}")
 if "answer" in x:
     print(f"{'teacher':10}  {'':36}   {x['answer']}")
-if "answers" in x:
+if x.get("answers"):
     print(f"{'gold':10}  {'':36}   {' / '.join(x['answers'])}")
 if show_memory:
     print("\nnearest tokens of each memory embedding:")

@@ -36,7 +36,7 @@ generator = ""  # where the checkpoint's generator lies now, if it has moved
 compressor_model = ""  # likewise
 export = ""  # a folder for the generator with its LoRA merged, made where it is missing; default: next to out_dir
 store = ""  # a folder with the documents' memory (evaluate.py --compress)
-keep = 0  # the number of documents to answer from, 0 = all; with enable_reranking the most relevant of them
+keep = 0  # answer from the n most relevant documents, by the checkpoint's enable_reranking; 0 = from all
 compress_batch = 32  # requests whose documents are compressed together, at most
 device = "cuda" if torch.cuda.is_available() else "cpu"  # of the compressor
 dtype = ""  # of the compressor and of vLLM: float32 or bfloat16; empty: whichever is faster on the device

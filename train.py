@@ -51,7 +51,7 @@ wandb_run_name = ""
 task = "answer"  # or pretrain: text itself, from embeddings of it and of what stood before (data.py)
 train_data = "data/train.jsonl"  # for pretrain a corpus.jsonl, or a file of plain text
 val_data = "data/val.jsonl"
-num_documents = 5  # k, of a question that has more documents the first
+num_documents = 5  # k: only the first k documents of a question are read
 # model
 mode = "compressed"  # what the generator learns to answer from; to compare with: full, the documents' text, or none
 generator = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -134,10 +134,11 @@ if static_shapes and mode != "compressed":
 
 def collate(examples):
     """Room for as many documents as the examples have; for num_documents where every shape is compiled anew."""
-    most = max(len(x["documents"]) for x in examples)
-    with fail_on(ValueError):
-        return model.collate(examples, num_documents if static_shapes or compile else min(most, num_documents),
-                             static_shapes)
+    k = num_documents if static_shapes or compile else min(num_documents, max(len(x["documents"]) for x in examples))
+    try:
+        return model.collate(examples, k, static_shapes)
+    except ValueError as e:  # longer than the generator's positions
+        fail(f"{e}; {checkpoints.describe()}")
 
 
 def get_micro_batches(step):

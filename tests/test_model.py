@@ -392,7 +392,7 @@ def test_decoding_keeps_no_gradient_and_reads_no_token_too_many(tiny, examples, 
 
 def test_positions_are_counted_exactly(tiny, examples, monkeypatch):
     model, counted = build(tiny), []
-    monkeypatch.setattr(generate, "check_length", lambda _, n: counted.append(n))
+    monkeypatch.setattr(generate, "check_length", lambda _, n, *whose: counted.append(n))
     batch = model.collate(examples)
     _, mask = model.prompt_embeddings(model.compressor(**batch["compressor"])[0], batch)
     assert counted == [mask.sum(1).max().item()]
@@ -438,6 +438,13 @@ def test_bad_questions(tiny):
     for mode in ("compressed", "full", "none"):
         with pytest.raises(ValueError, match="empty query"):
             model.generate([" "], [["a"]], mode=mode)
+        for queries, documents in ((["who?"], [["a"], ["b"]]), ("who?", [["a"]]), (["who?"], ["abcd"]), (["who?"], [dict(text="a")])):
+            if mode != "none":
+                with pytest.raises(ValueError, match="as many lists of documents|not in a list"):
+                    model.generate(queries, documents, mode=mode)
+    for documents in ([["a b c d"], ["e"]], ["abcd"], [[]]):
+        with pytest.raises(ValueError, match="documents"):
+            model.compress(["who?"], documents)
     with pytest.raises(ValueError, match="mode is"):
         model.generate(["who?"], [["a"]], mode="half")
     with pytest.raises(ValueError, match="longer than the generator's 512 positions"):
@@ -513,6 +520,10 @@ def test_checkpoints_that_do_not_fit(tiny, tmp_path):
         ScaleDown.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="holds no checkpoint"):
         ScaleDown.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path, tmp_path / "run" / "best", ignore=lambda *_: ["run"])
+    with pytest.raises(OSError, match="run/config.json does not exist; .*run/best holds one"):
+        ScaleDown.from_pretrained(tmp_path / "run")
     for text in ("{", "[]", "{}"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json is (damaged|not the config.json)"):
@@ -600,7 +611,7 @@ def test_padding_counts_for_no_position(tiny):
     model = build(tiny, num_memory_tokens=3)
     x = dict(query="who keeps it?", documents=["stone"], answer="Mara")
     model.collate([x], num_documents=200)
-    with pytest.raises(ValueError, match="longer than the generator's 512 positions"):
+    with pytest.raises(ValueError, match=r"answer of the query 'who keeps it\?' \(\d+ tokens\) are longer than the generator's 512 positions"):
         model.collate([{**x, "documents": ["stone"] * 200}], num_documents=200)
     assert model.generate([x["query"]], [x["documents"]], num_documents=120) == model.generate([x["query"]], [x["documents"]])
 

@@ -43,6 +43,18 @@ def test_a_compressor_of_ones_own_is_trained_saved_and_asked(own, job, tmp_path)
     assert json.loads(out.splitlines()[-1]).keys() == {"compressed", "full", "none"}
 
 
+def test_a_run_with_a_parameter_that_is_never_used_goes_on(own, tmp_path, monkeypatch):
+    (tmp_path / "unused.py").write_text("from mean_pooling import MeanPooling, nn\n\n\nclass Unused(MeanPooling):\n"
+                                        "    def __init__(self, *args):\n        super().__init__(*args)\n"
+                                        "        self.unused = nn.Linear(3, 3)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}/docs")
+    monkeypatch.syspath_prepend(tmp_path)
+    args = [*own, "--compressor_type=unused.Unused"]
+    run("train.py", *args, "--max_iters=10", f"--out_dir={tmp_path}/parts")
+    said = run("train.py", *args, "--init_from=resume", f"--out_dir={tmp_path}/parts")
+    assert "resuming" in said and max(losses(f"{tmp_path}/parts")) == 20
+
+
 def test_a_class_that_is_not_there_is_named(tiny):
     for name, why in (("mean_pooling_.X", "No module named 'mean_pooling_'"), ("json.X", "has no attribute 'X'")):
         with pytest.raises(ValueError, match=f"compressor_type is .*, not '{name}': .*{why}"):

@@ -204,8 +204,8 @@ def test_bad_input_to_train(job, tmp_path):
         "train.py", *fresh, "--device=trainium", ok=False)
     assert "Trn2 or Trn3 instance and TorchNeuron" in run("train.py", *fresh, "--device=neuron", ok=False)
     assert not (tmp_path / "out").exists()
-    assert "longer than the generator's 512 positions" in run("train.py", *fresh, "--num_memory_tokens=160", "--doc_tokens=9",
-                                                              "--query_tokens=9", ok=False)
+    said = run("train.py", *fresh, "--num_memory_tokens=160", "--doc_tokens=9", "--query_tokens=9", ok=False)
+    assert "longer than the generator's 512 positions" in said and "no checkpoint was written yet" in said
     (tmp_path / "file").write_text("")
     assert "the folder could not be written: " in run("train.py", *args, f"--out_dir={tmp_path}/file/out", ok=False)
     assert "file is not a folder" in run("train.py", *args, f"--out_dir={tmp_path}/file", ok=False)
@@ -234,6 +234,8 @@ def test_bad_questions(job, trained, tmp_path):
     assert "leave out --query" in run(*args, "--query=who?", "--docs=LICENSE", "--data=LICENSE", ok=False)
     (tmp_path / "latin.txt").write_bytes("Café".encode("latin-1"))
     assert "latin.txt, line 1: no UTF-8" in run(*args, "--query=who?", f"--docs={tmp_path / 'latin.txt'}", ok=False)
+    (tmp_path / "null.jsonl").write_text('{"query": "who?", "documents": ["stone"], "answers": null}\n')
+    assert "gold" not in run(*args, f"--val_data={tmp_path / 'null.jsonl'}")
     assert "holds no checkpoint" in run("sample.py", "--out_dir=nowhere", "--query=who?", "--docs=LICENSE", ok=False)
 
 

@@ -257,6 +257,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous(job, trained, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert f"another train.py is at work in {out}" in run(*resume, ok=False)
     assert (out / "last/compressor.safetensors").read_bytes() == content and not (out / "damaged").exists()
+    early = shutil.copytree(out, tmp_path / "early")
+    assert "previous checkpoint is used" in run(*resume, f"--out_dir={early}", "--max_iters=5")
+    assert all(torch.equal(t, weights(f"{out_dir}/best")[name]) for name, t in weights(early / "best").items())  # of step 10
     said = run(*resume)
     assert f"{out}/last: compressor.safetensors is not as it was written: the previous checkpoint is used" in said
     assert "at step 5" in said and curve(out) == curve(out_dir)
