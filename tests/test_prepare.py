@@ -861,7 +861,7 @@ def test_unreadable_files_on_the_command_line(settings, tmp_path):
     done = run(tmp_path, command(settings, dataset="toy"))
     assert done.returncode == 1 and "dataset 'toy' takes no corpus, queries or run" in done.stderr and not (tmp_path / "data").exists()
     done = run(tmp_path, command(settings, corpus=tmp_path))
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].endswith("does not exist")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].endswith("is not a file")
     (tmp_path / "data").write_text("a file where a folder should be")
     done = run(tmp_path, command(settings))
     assert done.returncode == 1 and "Traceback" not in done.stderr and "data" in done.stderr.strip().splitlines()[-1]
