@@ -372,7 +372,7 @@ def examples(n):
     """n queries of query_tokens tokens over `docs` documents of doc_tokens, with answers of answer_tokens."""
     rng = np.random.default_rng(0)
     text = lambda length: " ".join(f"w{i}" for i in rng.integers(0, 1000, length))
-    return [dict(query=text(query_tokens), documents=[text(doc_tokens) for _ in range(numbers("docs", docs)[0])],
+    return [dict(query=text(query_tokens), documents=[text(doc_tokens) for _ in range(int(docs))],
                  answer=text(answer_tokens)) for _ in range(n)]
 
 
@@ -500,7 +500,7 @@ def training(name, n, kind):
         with_peft(model)
     model.train()
     optimizer = model.configure_optimizers(1e-5, 1e-5, 0.1, (0.9, 0.999))
-    batch = model.to_device(model.collate(examples(n), numbers("docs", docs)[0]))
+    batch = model.to_device(model.collate(examples(n), int(docs)))
     ctx = nullcontext() if dtype == "float32" else torch.autocast(device, dtype=torch.bfloat16)
 
     def ordinary_loss():
@@ -555,7 +555,7 @@ def bench_attention():
     FlexAttention with a block mask. Forward, and forward and backward (FlexAttention has none on a CPU)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    shape, B, k = SHAPES[generator], max(numbers("batch", batch)), numbers("docs", docs)[0]
+    shape, B, k = SHAPES[generator], max(numbers("batch", batch)), int(docs)
     H, G = shape.num_attention_heads, shape.num_key_value_heads
     c = getattr(shape, "head_dim", None) or shape.hidden_size // H
     Q, S = query_tokens, doc_tokens + int(num_memory_tokens)
@@ -811,7 +811,8 @@ if __name__ == "__main__":
         shapes = [shape for shape in SHAPES if shape != "modernbert-base"]
         if name not in shapes and (what in ("flops", "attention") or not os.path.isdir(name)):
             fail(f"generator is {', '.join(shapes)} or, but for flops and attention, a model's folder, not '{name}'")
-    if what != "flops" and len(numbers("docs", docs) + numbers("num_memory_tokens", num_memory_tokens)) > 2:
+    sizes = numbers("docs", docs) + numbers("num_memory_tokens", num_memory_tokens)
+    if what != "flops" and [*map(str, sizes)] != [docs, num_memory_tokens]:
         fail(f"docs is one number, and num_memory_tokens too, but for --what=flops: not {docs} and {num_memory_tokens}")
     rows = []
     for dtype in dtypes:

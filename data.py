@@ -257,17 +257,14 @@ def open_data(c):
 
 
 def check_questions(queries, documents=None):
-    """Raises ValueError for an empty query and, where there are to be documents, unless every query has a list of them.
-    """
+    """Raises ValueError for an empty query and, where documents are read, unless every query has a list of them."""
     if isinstance(queries, str) or documents is not None and len(queries) != len(documents):
         raise ValueError("a list of queries takes as many lists of documents")
     for i, query in enumerate(queries):
         if not query.strip():
             raise ValueError("empty query")
-        if documents is not None and not documents[i]:
-            raise ValueError(f"no documents for the query '{query}'")
-        if documents is not None and isinstance(documents[i], (str, dict)):
-            raise ValueError(f"the documents of the query '{query}' are not in a list")
+        if documents is not None and (not documents[i] or isinstance(documents[i], (str, dict))):
+            raise ValueError(f"no list of documents for the query '{query}'")
 
 
 def with_documents_of_others(examples):

@@ -39,8 +39,7 @@ def file_format(path):
     first = [line for _, line in islice(lines(path), 10)]
     if first and first[0].lstrip()[0] in "{[":
         return "json"
-    in_columns = all("\t" in line for line in first)
-    return "tsv" if in_columns or path.removesuffix(".gz").endswith(".tsv") else "text"
+    return "tsv" if all("\t" in line for line in first) or path.removesuffix(".gz").endswith(".tsv") else "text"
 
 
 # ---- records: JSON objects, or rows of columns

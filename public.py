@@ -70,11 +70,11 @@ def fraction(query):
     return int(sha256(query.encode()).hexdigest()[:8], 16) / 2**32
 
 
-def copy_examples(folder, source, val_fraction, most, overwrite):
-    """Writes train.jsonl and val.jsonl into a folder, in our own form, of the first `most` examples (0: of all), and
-    manifest.json, which says of what; without counts while the two files are replaced."""
+def copy_examples(folder, source, val_fraction, max_queries, overwrite):
+    """Writes train.jsonl and val.jsonl into a folder, in our own form, of the first max_queries examples (0: of all),
+    and manifest.json, which says of what; without counts while the two files are replaced."""
     manifest, files = f"{folder}/manifest.json", [f"{folder}/train.jsonl", f"{folder}/val.jsonl"]
-    former, settings = {}, dict(examples=source, val_fraction=val_fraction, max_queries=most,
+    former, settings = {}, dict(examples=source, val_fraction=val_fraction, max_queries=max_queries,
                                 sha256=[file_sha256(path) for path in example_files(source)])
     if os.path.exists(manifest):
         with open(manifest) as f:
@@ -95,14 +95,14 @@ def copy_examples(folder, source, val_fraction, most, overwrite):
     if os.path.realpath(folder) in [os.path.realpath(source), *map(str, Path(os.path.realpath(source)).parents)]:
         fail(f"{source} is what would be written over: choose another --dataset")
     fractions, counts = array("d"), dict(train=0, val=0, without_answer=0)
-    for x in progress("checking", iterable=islice(read_examples(source), most or None), unit=""):
+    for x in progress("checking", iterable=islice(read_examples(source), max_queries or None), unit=""):
         if x["answer"].strip():
             fractions.append(fraction(x["query"]))
     if not fractions:
         fail(f"{source} holds no example with an answer")
     limit = max(val_fraction, min(fractions))  # at least one is for validation
     with replacing(files[0]) as train, replacing(files[1]) as val:
-        for x in progress("examples", iterable=islice(read_examples(source), most or None), unit=""):
+        for x in progress("examples", iterable=islice(read_examples(source), max_queries or None), unit=""):
             kind = "without_answer" if not x["answer"].strip() else "val" if fraction(x["query"]) <= limit else "train"
             counts[kind] += 1
             if kind != "without_answer":

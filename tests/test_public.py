@@ -59,6 +59,7 @@ def test_rows_are_read_under_our_names(tmp_path):
         dict(query="who?", documents=["x"])]
     for x in [*EXAMPLES, dict(query="who?", question="another's", documents=["x"], docs=["y"], answer="z")]:
         assert examples_of(x) == [x]
+    assert examples_of(dict(question="who?", docs=["x"], answers=[])) == [dict(query="who?", documents=["x"], answer="", answers=[])]
 
 
 @pytest.mark.parametrize("row, wrong", [
