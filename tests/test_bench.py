@@ -163,7 +163,7 @@ def test_prepare_beside_the_usual_way(tiny, tmp_path):
     (["--runs=nowhere"], "nowhere/best holds no checkpoint"),
     (["--what=time", "--generator=smollm2-135m", "--compressors=n_layers_99"], "num_layers=99, but"),
     (["--what=time", "--docs=1,2"], "docs is one number"),
-    (["--what=train", "--docs=1..1"], "docs is one number"),
+    (["--what=attention", "--generator=smollm2-135m", "--docs=1..1"], "docs is one number"),
     (["--generator=smollm2-135m", "--doc_tokens=8192"], "are longer than the compressor's"),
     (["--what=time", "--generator=smollm2-135m", "--compressors=x"], "compressors are n_layers_N, llama_1b and modernbert"),
 ])
