@@ -51,7 +51,7 @@ from configurator import at_least, configure, fail, fail_on, fast_dtype, torch_d
 from data import document_text
 from flops import StepFlops
 from formats import read_documents
-from lora import LoRALinear, layers
+from lora import LoRALinear, layers, merge
 from model import ScaleDown, ScaleDownConfig
 from packed import packed_attention
 from pretrained import decoder_layers, load_model
@@ -646,9 +646,10 @@ def bench_decode():
     model, rows = build(compressors.split(",")[0], inference=True), []
     model.generator.generation_config.eos_token_id = None  # theirs, too, writes answer_tokens tokens
     model.decoder.num_tokens = model.generator.config.vocab_size  # a shape's tokeniser has fewer, which theirs ignores
-    if compile:
-        compiled = deepcopy(model)
-        compiled.decoder.compile()
+    merged = deepcopy(model)
+    merge(merged.generator)
+    compiled = deepcopy(merged)
+    compiled.decoder.compile()
     print(f"{generator} on {device}, {dtype}: {answer_tokens} tokens after {docs} compressed documents")
     for n in numbers("batch", batch):
         asked = [x["query"] for x in examples(n)], [x["documents"] for x in examples(n)]
@@ -662,9 +663,9 @@ def bench_decode():
             with torch.no_grad():
                 return model.generator.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=answer_tokens,
                                                 do_sample=False, pad_token_id=0).tolist()
-        ways = {"ours": ours, "transformers": theirs}
+        ways = {"ours": ours, "transformers": theirs, "ours, merged": partial(ours, merged)}
         if compile:
-            ways["ours, compiled"] = partial(ours, compiled)
+            ways["ours, merged and compiled"] = partial(ours, compiled)
         same = sum(all(answer == row[0] for answer in row) for row in zip(*(way() for way in ways.values())))
         print(f"batch {n}: {same} of {n} answers are the same")
         if dtype == "float32" and same < n:
@@ -673,7 +674,7 @@ def bench_decode():
         base = statistics.median(taken["transformers"])
         for name, s in taken.items():
             rows.append(dict(name=name, batch=n, tokens_per_s=[n * answer_tokens / t for t in s]))
-            print(f"batch {n:3}  {name:14} {spread(rows[-1]['tokens_per_s'], ',.1f'):>28} tokens/s   "
+            print(f"batch {n:3}  {name:25} {spread(rows[-1]['tokens_per_s'], ',.1f'):>28} tokens/s   "
                   f"{base / statistics.median(s):5.2f}x")
     return rows
 

@@ -179,7 +179,7 @@ def answer_all(mode, examples):
             read = modes.reads([examples[j] for j in part], mode)
             found |= zip(part, modes.answer(mode, *read, max_new_tokens, temperature, top_k))
     except ValueError as e:
-        if mode != "full" or len(names) == 1:
+        if mode != "full" or len(modes.names) == 1:
             fail(e)
         print(f"{mode:10}  left out: {e}")
         return None
@@ -196,7 +196,7 @@ def evaluate(examples):
     """Answers in every mode and prints the scores, with 95% confidence intervals, also as JSON."""
     rows = [{name: x[name] for name in ("_id", "query") if name in x} | {"references": references(x)} for x in examples]
     scores = {}
-    for mode in names:
+    for mode in modes.names:
         found = answer_all(mode, examples)
         if found is None:
             continue
@@ -223,15 +223,12 @@ def evaluate(examples):
 with fail_on(ValueError, OSError):
     examples = Examples(data, need_answer=False) if data else []
     relevance = read_qrels(qrels) if qrels else {}
-    modes = Modes(out_dir, device, dtype, keep, store, generator, compressor_model)
+    modes = Modes(out_dir, device, dtype, keep, store, generator, compressor_model, mode)
     if judge:
         judge_tokenizer = load_tokenizer(judge)
         judge_model = load_model(AutoModelForCausalLM, judge, dtype=modes.dtype).to(modes.model.device).eval()
     if store and not compress:
         modes.open_store(store)
-names = [name for name in modes.names if mode in ("", name)]
-if not names:
-    fail(f"mode is one of {out_dir}'s, {', '.join(modes.names)}, not '{mode}'")
 if compile:
     modes.model.decoder.compile()
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]

@@ -111,9 +111,12 @@ class Decoder:
         return self.step(self.model.get_input_embeddings()(token)[:, None], slot, real, positions, cache)
 
     def compile(self):
-        """Compiles decode_one_token(), on CUDA into CUDA graphs. These want the cache at addresses that stay: from now
-        on one is kept for each number of rows and length."""
+        """Compiles decode_one_token(), for weights that do not change from now on. On CUDA into CUDA graphs: these want
+        the cache at addresses that stay, so that one is kept for each number of rows and length. On a CPU with a copy
+        of the weights in the layout that its products are fastest with."""
         torch._dynamo.config.recompile_limit = 64  # one for each of them, adapter on and off
+        if self.model.device.type == "cpu":
+            torch._inductor.config.freezing = True
         self.decode_one_token = torch.compile(self.decode_one_token, mode="reduce-overhead", dynamic=False)
         self.static_caches = {}
 

@@ -13,16 +13,16 @@ from safetensors import SafetensorError
 from configurator import fail, fast_dtype, torch_device
 from data import Store
 from files import file_sha256
-from lora import merge_and_unload
+from lora import merge, merge_and_unload
 from model import ScaleDown
 
 
 class Modes:
     """A checkpoint, ready to answer. keep: answer from the n most relevant documents (enable_reranking), 0 = from all;
-    store: a folder with their memory. Exits with one line for what does not go together. names: the modes that it
-    has."""
+    store: a folder with their memory; mode: the one to answer in, empty = all that it has. Exits with one line for
+    what does not go together. names: the modes to answer in."""
 
-    def __init__(self, out_dir, device, dtype, keep=0, store="", generator="", compressor_model=""):
+    def __init__(self, out_dir, device, dtype, keep=0, store="", generator="", compressor_model="", mode=""):
         device = torch_device(device)
         dtype = dtype or fast_dtype(device)
         if dtype not in ("float32", "bfloat16"):
@@ -40,7 +40,12 @@ class Modes:
         if keep and not config.enable_reranking:
             fail(f"{out_dir} was trained without enable_reranking: it has no relevance to keep documents by")
         self.keep, self.store, trained = keep, None, self.model.modes
-        self.names = trained[:1] + ["reranked"] * bool(keep) + trained[1:]
+        every = trained[:1] + ["reranked"] * bool(keep) + trained[1:]
+        self.names = [name for name in every if mode in ("", name)]
+        if not self.names:
+            fail(f"mode is one of {out_dir}'s, {', '.join(every)}, not '{mode}'")
+        if mode not in ("", "full", "none") and not getattr(self.model.compressor, "shares_generator", False):
+            merge(self.model.generator)  # no mode is to come in which its adapter is off: a third less time a token
         self.made_of = store and {name: file_sha256(f"{out_dir}/{file}") for name, file in
                                   (("compressor", "compressor.safetensors"), ("config", "config.json"))}
 

@@ -8,6 +8,7 @@ from conftest import EXAMPLES, losses, metrics, run, torchrun
 
 from lora import layers
 from model import ScaleDown, ScaleDownConfig
+from modes import Modes
 
 QUESTIONS = [x["query"] for x in EXAMPLES], [x["documents"] for x in EXAMPLES]
 
@@ -88,6 +89,21 @@ def test_a_run_on_the_text_is_resumed_shared_out_and_evaluated(job, tmp_path):
     assert "mode are for the run that begins with it" in run("train.py", *args, "--task=pretrain", ok=False)
     said = metrics(tmp_path / "one")[-1]
     assert said["val_loss"] != said["val_loss_shuffled"]
+
+
+@pytest.mark.parametrize("compressor", ["n_layers", "pisco.PISCOCompressor"])
+def test_the_lora_is_merged_where_no_mode_is_to_come_without_it(tiny, tmp_path, compressor):
+    """But PISCO's compressor, which reads with the generator's layers, needs them without it."""
+    build(tiny("llama"), "compressed", compressor_type=compressor, num_layers=2,
+          query_dependent=compressor == "n_layers").save(tmp_path)
+    answers = {}
+    for mode in "", "compressed", "full":
+        modes = Modes(tmp_path, "cpu", "float32", mode=mode)
+        merged = {m.merged for _, m in layers(modes.model.generator)}
+        assert merged == {mode == "compressed" and compressor == "n_layers"}
+        for name in modes.names:
+            answers.setdefault(name, []).append(modes.answer(name, *modes.reads(EXAMPLES, name), 6))
+    assert len(answers) == 3 and all(a == rows[0] for rows in answers.values() for a in rows)
 
 
 def test_only_the_lora_learns_on_the_text(tiny):
