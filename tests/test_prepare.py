@@ -542,7 +542,7 @@ def killed(folder, args, states):
 
 
 def test_kill_and_restart(settings, whole, tmp_path):
-    kill_at_random_moments(settings, whole, tmp_path, kills=3)
+    kill_at_random_moments(settings, whole, tmp_path, kills=2)
 
 
 @pytest.mark.slow

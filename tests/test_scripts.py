@@ -355,13 +355,14 @@ def test_bfloat16_is_the_default_where_it_is_faster(monkeypatch):
         assert fast_dtype("mps") == fast_dtype("xla") == "float32"
 
 
-def test_compiled_training_on_batches_of_other_lengths(job, tmp_path):
+@pytest.mark.parametrize("mode", ["full", pytest.param("compressed", marks=pytest.mark.slow)])
+def test_compiled_training_on_batches_of_other_lengths(job, tmp_path, mode):
     """Inductor's backward pass once took views for ones of another length, at the third batch."""
     args, _, folder = job
     rows = [{**x, "query": x["query"] + " river" * (3 * i)} for i, x in enumerate(EXAMPLES * 4)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
     args = [*args, f"--train_data={tmp_path / 'train.jsonl'}", "--enable_reranking=False", "--max_iters=5", "--eval_interval=9",
-            "--eval_samples=0", "--gradient_accumulation_steps=1", "--lora_dropout=0.0"]
+            "--eval_samples=0", "--gradient_accumulation_steps=1", "--lora_dropout=0.0", f"--mode={mode}"]
     run("train.py", *args, f"--out_dir={tmp_path / 'plain'}")
     run("train.py", *args, f"--out_dir={tmp_path / 'compiled'}", "--compile=True")
     for step, loss in losses(tmp_path / "plain").items():
