@@ -51,6 +51,7 @@ from configurator import at_least, configure, fail, fail_on, fast_dtype, torch_d
 from data import document_text
 from flops import StepFlops
 from formats import read_documents
+from generate import Decoder
 from lora import LoRALinear, layers, merge
 from model import ScaleDown, ScaleDownConfig
 from packed import packed_attention
@@ -72,7 +73,7 @@ hidden = "576,4096"  # lora: of a layer, in and out
 json = ""  # write the rows into this file
 plot = ""  # flops: draw them into this folder
 runs = ""  # flops: out_dirs of train.py, with commas, in place of the paper's compressors: their cost and accuracy
-compile = False  # decode: also with a compiled step, on a CPU by its C++ compiler
+compile = False  # decode: also with the LoRA merged, and with a compiled step besides, on a CPU by its C++ compiler
 only = ""  # time, train: run this way alone, once, and print its peak memory (bench.py calls itself so)
 # prepare
 splade = "naver/splade-v3"  # a name of the hub or a folder
@@ -646,26 +647,26 @@ def bench_decode():
     model, rows = build(compressors.split(",")[0], inference=True), []
     model.generator.generation_config.eos_token_id = None  # theirs, too, writes answer_tokens tokens
     model.decoder.num_tokens = model.generator.config.vocab_size  # a shape's tokeniser has fewer, which theirs ignores
-    merged = deepcopy(model)
-    merge(merged.generator)
-    compiled = deepcopy(merged)
-    compiled.decoder.compile()
+    decoders = {"ours": model.decoder}
+    if compile:
+        merged = deepcopy(model.generator)
+        merge(merged)
+        decoders |= {name: Decoder(merged, model.decoder.num_tokens) for name in ("merged", "merged and compiled")}
+        decoders["merged and compiled"].compile()
     print(f"{generator} on {device}, {dtype}: {answer_tokens} tokens after {docs} compressed documents")
     for n in numbers("batch", batch):
         asked = [x["query"] for x in examples(n)], [x["documents"] for x in examples(n)]
         x, mask = model.embed_prompts(*asked)
         prefix = len(model.before_ids)
 
-        def ours(model=model, x=x, mask=mask, prefix=prefix):
-            return model.decoder.generate(x, mask, answer_tokens, model.stop_ids, prefix=prefix)
+        def ours(decoder, x=x, mask=mask, prefix=prefix):
+            return decoder.generate(x, mask, answer_tokens, model.stop_ids, prefix=prefix)
 
         def theirs(x=x, mask=mask):
             with torch.no_grad():
                 return model.generator.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=answer_tokens,
                                                 do_sample=False, pad_token_id=0).tolist()
-        ways = {"ours": ours, "transformers": theirs, "ours, merged": partial(ours, merged)}
-        if compile:
-            ways["ours, merged and compiled"] = partial(ours, compiled)
+        ways = {name: partial(ours, decoder) for name, decoder in decoders.items()} | {"transformers": theirs}
         same = sum(all(answer == row[0] for answer in row) for row in zip(*(way() for way in ways.values())))
         print(f"batch {n}: {same} of {n} answers are the same")
         if dtype == "float32" and same < n:
@@ -674,7 +675,7 @@ def bench_decode():
         base = statistics.median(taken["transformers"])
         for name, s in taken.items():
             rows.append(dict(name=name, batch=n, tokens_per_s=[n * answer_tokens / t for t in s]))
-            print(f"batch {n:3}  {name:25} {spread(rows[-1]['tokens_per_s'], ',.1f'):>28} tokens/s   "
+            print(f"batch {n:3}  {name:19} {spread(rows[-1]['tokens_per_s'], ',.1f'):>28} tokens/s   "
                   f"{base / statistics.median(s):5.2f}x")
     return rows
 
