@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from configurator import fail, first_line
 from distributed import print0
-from files import file_sha256, must_fit, read_tensors, replacing, replacing_folder
+from files import file_sha256, must_fit, read_json, read_tensors, replacing, replacing_folder
 from lora import load_lora, save_lora
 from pretrained import ModelError, note
 
@@ -96,13 +96,9 @@ def read_config(folder, config_class):
         hint = (f"; {os.path.join(folder, 'best')} holds one" if os.path.isfile(f"{folder}/best/config.json") else
                 ": python train.py config/toy.py makes the toy" * path.startswith("out/toy/"))
         raise FileNotFoundError(f"{folder} holds no checkpoint: {path} does not exist{hint}")
-    with open(path) as f:
-        try:
-            saved = json.load(f)
-        except ValueError as e:
-            raise ValueError(f"{path} is damaged: {e}") from e
+    saved = read_json(path)
     defaults, others = asdict(config_class()), {"generator_identity", "compressor_identity", "prompt"}
-    if not isinstance(saved, dict) or "generator_identity" not in saved or saved.keys() - defaults - others:
+    if "generator_identity" not in saved or saved.keys() - defaults - others:
         raise ValueError(f"{path} is not the config.json of a ScaleDown checkpoint")
     return dict.fromkeys(others) | saved, {name: saved.get(name, default) for name, default in defaults.items()}
 

@@ -1,9 +1,10 @@
 """
 Files that a crash at any moment leaves whole: written next to their place, flushed to disk and renamed into it; their
-checksums; the lines of text files, whatever ends them; and tensors that have to fit.
+checksums; the lines of text files, whatever ends them; settings as JSON; and tensors that have to fit.
 """
 
 import errno
+import json
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -93,6 +94,18 @@ def read_lines(file):
         yield from (line + b"\r" for line in whole)
     if rest:
         yield rest
+
+
+def read_json(path):
+    """A file that is one JSON object. Raises ValueError in one line that names it where it is not, and OSError."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object")
+    return found
 
 
 def read_tensors(path):

@@ -12,7 +12,6 @@ The weights are NAVER's and under their licence (Creative Commons, for non-comme
 name it): read the model's page before you use them.
 """
 
-import json
 import os
 import pickle
 
@@ -20,7 +19,7 @@ import torch
 
 from checkpoint import find_folders
 from configurator import configure, fail, fail_on, first_line
-from files import must_fit, replacing_folder
+from files import must_fit, read_json, replacing_folder
 from lora import layers
 from model import ScaleDown, ScaleDownConfig
 
@@ -53,11 +52,7 @@ def read_settings(folder):
     path = f"{folder}/config.json"
     if not os.path.isfile(path):
         raise ValueError(f"{folder} is no checkpoint: it has no config.json")
-    try:
-        with open(path) as f:
-            settings = json.load(f)
-    except ValueError as e:
-        raise ValueError(f"{path} is no JSON: {e}") from e
+    settings = read_json(path)
     needed = {"decoder_model_name", "compr_model_name", "compr_rate", "doc_max_length", "lora_r"}
     if settings.get("compr_model_name") == "mistral_trimmed":
         needed |= {"compr_base_model_name", "compr_n_layers", "compr_rms_norm"}

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: its weight is transposed, (in, out)
 
 from dropout import Dropout
-from files import load_tensors
+from files import load_tensors, read_json
 from pretrained import check_plain_lora
 
 
@@ -154,8 +154,7 @@ def load_lora(model, folder):
     Raises ValueError, and changes nothing, when the file's layers, rank or shapes are not the model's, or when it is a
     variant of LoRA that LoRALinear is not; RuntimeError when an adapter is merged."""
     must_not_be_merged(model)
-    with open(os.path.join(folder, "adapter_config.json")) as f:
-        config = json.load(f)
+    config = read_json(os.path.join(folder, "adapter_config.json"))
     check_plain_lora(config, folder)
     own = {f"base_model.model.{name}.{part}.weight": getattr(m, part)
            for name, m in layers(model) for part in ("lora_A", "lora_B")}

@@ -90,6 +90,8 @@ class ScaleDown(nn.Module):
                                 requires_grad=c.mode == "compressed")
         self.decoder = generate.Decoder(self.generator, len(self.tokenizer))
         if c.compressor_lora_r:  # its backbone is frozen, too, and so not in a checkpoint
+            if not hasattr(self.compressor, "backbone"):
+                raise ValueError(f"compressor_lora_r takes a compressor with a backbone, unlike {c.compressor_type}")
             self.identities["compressor"] = fingerprint(self.compressor.backbone)
             apply_lora(self.compressor.backbone, c.compressor_lora_r, c.lora_alpha, c.lora_dropout)
         if self.device.type != "meta":
@@ -272,8 +274,7 @@ class ScaleDown(nn.Module):
         return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, **kwargs)
 
     def save(self, out_dir, tensors=None):
-        """Writes a checkpoint (see checkpoint.py). tensors: what is trained, by name, where the model holds but a part
-        of it itself (FSDP2)."""
+        """Writes a checkpoint (checkpoint.py). tensors: what is trained, by name, where this holds a part (FSDP2)."""
         save_weights(self, out_dir, tensors)
 
     def load(self, out_dir):

@@ -47,7 +47,7 @@ from configurator import at_least, configure, fail, fail_on, fast_dtype, first_l
 from corpus import Corpus, chunk, chunk_by_words, index_corpus
 from data import document_text
 from distributed import share
-from files import file_sha256, naming, replacing
+from files import file_sha256, naming, read_json, replacing
 from formats import read_documents, read_others_run, read_queries, read_run, run_lines, to_line
 from parts import by_length, join_parts, make_parts, pad, part_size, parts_of, progress
 from pretrained import ModelError, load_config, load_model, load_tokenizer, longest_text, note
@@ -552,8 +552,8 @@ def start_manifest(folder, settings):
         if others := begun(folder, STAGES):
             fail(f"{others[0]} is not made by this command: choose another --dataset")
     else:
-        with open(f"{folder}/manifest.json", encoding="utf-8") as f:
-            former = json.load(f).get("stages")
+        with fail_on(ValueError):
+            former = read_json(f"{folder}/manifest.json").get("stages")
         if former is None:
             fail(f"{folder} holds examples that others have made (--examples): choose another --dataset")
     contents = {name: file_sha256(globals()[name]) if globals()[name] else "" for name in ("corpus", "queries", "run")}

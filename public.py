@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configurator import fail, fail_on, first_line, import_or_fail
 from data import Examples, check_example
-from files import file_sha256, replacing
+from files import file_sha256, read_json, replacing
 from formats import examples_of, to_line
 from parts import progress
 
@@ -77,8 +77,8 @@ def copy_examples(folder, source, val_fraction, max_queries, overwrite):
     former, settings = {}, dict(examples=source, val_fraction=val_fraction, max_queries=max_queries,
                                 sha256=[file_sha256(path) for path in example_files(source)])
     if os.path.exists(manifest):
-        with open(manifest) as f:
-            former = json.load(f)
+        with fail_on(ValueError):
+            former = read_json(manifest)
     if "stages" in former:
         fail(f"{folder} was made of a corpus and queries: choose another --dataset")
     if "counts" in former and all(map(os.path.exists, files)) and not overwrite:

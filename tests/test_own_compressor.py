@@ -55,6 +55,11 @@ def test_a_run_with_a_parameter_that_is_never_used_goes_on(own, tmp_path, monkey
     assert "resuming" in said and max(losses(f"{tmp_path}/parts")) == 20
 
 
+def test_lora_takes_a_backbone(own, tmp_path):
+    why = "compressor_lora_r takes a compressor with a backbone, unlike mean_pooling.MeanPooling"
+    assert why in run("train.py", *own, "--compressor_lora_r=4", f"--out_dir={tmp_path}/out", ok=False)
+
+
 def test_a_class_that_is_not_there_is_named(tiny):
     for name, why in (("mean_pooling_.X", "No module named 'mean_pooling_'"), ("json.X", "has no attribute 'X'")):
         with pytest.raises(ValueError, match=f"compressor_type is .*, not '{name}': .*{why}"):

@@ -132,11 +132,16 @@ def test_nothing_of_others_is_written_over(tmp_path, dataset, tiny):
     run(*args, f"--examples={path}")
     corpus = jsonl(tmp_path / "corpus.jsonl", [dict(_id="a", text="Mara keeps a hound.")])
     queries = jsonl(tmp_path / "queries.jsonl", [dict(_id="q", text="who?", metadata=dict(answers=["Mara"]))])
-    assert "others have made (--examples)" in run(
-        *args, f"--corpus={corpus}", f"--queries={queries}", f"--generator={tiny('llama')}", f"--splade={tiny('splade')}",
-        "--reranker=", "--teacher=gold", "--device=cpu", "--dtype=float32", ok=False)
+    of_corpus = [f"--corpus={corpus}", f"--queries={queries}", f"--generator={tiny('llama')}", f"--splade={tiny('splade')}",
+                 "--reranker=", "--teacher=gold", "--device=cpu", "--dtype=float32"]
+    assert "others have made (--examples)" in run(*args, *of_corpus, ok=False)
     with open(f"{folder}/mine.jsonl") as f, open(path) as g:
         assert f.read() == g.read()
+    for damaged in "{", "[]":
+        with open(f"{folder}/manifest.json", "w") as f:
+            f.write(damaged)
+        for made_of in [f"--examples={path}"], of_corpus:
+            assert f"{dataset}/manifest.json is damaged: " in run(*args, *made_of, ok=False)
 
 
 def test_a_folder_made_of_a_corpus_stays(tmp_path, dataset):
