@@ -34,7 +34,7 @@ max_new_tokens = 0  # 0 = the checkpoint's answer_tokens
 temperature = 0.0  # 0 = greedy
 top_k = 0  # sample from the k likeliest tokens; 0 = from all
 seed = 1337
-compile = False  # the step that writes a token: takes a minute for each shape, pays on many questions
+compile = False  # the step that writes a token: takes a minute for each shape, may pay on many questions
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 dtype = ""  # float32 or bfloat16; empty: whichever is faster on the device
 # -----------------------------------------------------------------------------
