@@ -14,6 +14,7 @@ What compression costs and saves, and what its parts cost next to the usual way 
 Needs requirements-dev.txt, which has what is compared with. Before anything is timed, both sides must give the same.
 """
 
+import math
 import os
 import statistics
 import subprocess
@@ -47,7 +48,7 @@ from transformers import (
 
 from checkpoint import read_config
 from compressor import compressor_class
-from configurator import at_least, configure, fail, fail_on, fast_dtype, torch_device
+from configurator import at_least, attention_for_training, configure, fail, fail_on, fast_dtype, torch_device
 from data import document_text
 from flops import StepFlops
 from formats import read_documents
@@ -503,6 +504,7 @@ def training(name, n, kind):
     optimizer = model.configure_optimizers(1e-5, 1e-5, 0.1, (0.9, 0.999))
     batch = model.to_device(model.collate(examples(n), int(docs)))
     ctx = nullcontext() if dtype == "float32" else torch.autocast(device, dtype=torch.bfloat16)
+    longest = query_tokens + answer_tokens + max(doc_tokens, int(docs) * (int(num_memory_tokens) + 1))
 
     def ordinary_loss():
         memory, _ = model.compressor(**batch["compressor"])
@@ -512,6 +514,7 @@ def training(name, n, kind):
                                position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)).loss
 
     def step(update=True):
+        attention_for_training(device, dtype, math.inf if name == "ordinary" else longest)
         with ctx:
             loss = ordinary_loss() if name == "ordinary" else model(batch)[0]
         loss.backward()

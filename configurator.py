@@ -172,3 +172,12 @@ def fast_dtype(device):
     amx = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     fast = device.split(":")[0] in ("cuda", "gpu", "neuron", "trainium") or device == "cpu" and amx
     return "bfloat16" if fast else "float32"
+
+
+def attention_for_training(device, dtype, longest):
+    """Chooses torch's attention for sequences of up to `longest` positions. On a CPU in bfloat16 the backward pass of
+    the fused one takes longer than matrix products and softmax one after the other; these keep L x L numbers a head and
+    layer for it, so that they are taken up to 1,024 positions only."""
+    plain = device == "cpu" and dtype == "bfloat16" and longest <= 1024
+    torch.backends.cuda.enable_flash_sdp(not plain)  # these switches are the CPU's, too
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)

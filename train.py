@@ -8,8 +8,7 @@ Trains a compressor and the generator's LoRA on a teacher's answers, on one devi
     torchrun --nproc_per_node=2 train.py config/modernbert.py --device=trainium  # 2 NeuronCores
 
 writes into out_dir, every eval_interval steps: last/, the checkpoint that --init_from=resume goes on from; previous/,
-the one before it; best/, that of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the step, save
-and leave.
+the one before it; best/, that of the lowest validation loss; metrics.jsonl. On SIGTERM or Ctrl-C it saves and leaves.
 """
 
 import math
@@ -25,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from checkpoint import Checkpoints
-from configurator import at_least, configure, fail, fail_on, import_or_fail
+from configurator import at_least, attention_for_training, configure, fail, fail_on, import_or_fail
 from data import StepExamples, example_size, open_data, with_documents_of_others
 from distributed import host_sum, print0
 from files import file_sha256
@@ -115,7 +114,8 @@ xla = kind == "xla"  # PyTorch/XLA: operations are collected into graphs, see th
 if xla:
     import torch_xla.core.xla_model as xm
 autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, dtype=torch.bfloat16)
-peak_tflops = peak_tflops or peak_tflops_here(kind, dtype)
+attention_for_training(kind, dtype, query_tokens + answer_tokens + max(
+    doc_tokens, num_documents * (doc_tokens if mode == "full" else num_memory_tokens + 1)))
 
 # data
 train_set, val_set = open_data(config)
@@ -294,7 +294,7 @@ signals.listen()
 # training loop
 batches = get_micro_batches(step)
 first, started = step, time.time()
-throughput = Throughput(peak_tflops * world)
+throughput = Throughput(world * (peak_tflops or peak_tflops_here(kind, dtype)))
 while True:
     # how much all processes have to do in this step, and whether one of them is to stop
     counts = [sum(column) for column in zip(*map(flops.count, batches))] or [0, 0, 0]

@@ -15,7 +15,7 @@ from conftest import EXAMPLES, ROOT, curve, losses, metrics, run, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from configurator import configure, fast_dtype
+from configurator import attention_for_training, configure, fast_dtype
 from files import file_sha256
 from metrics import normalize
 from model import ScaleDown, ScaleDownConfig
@@ -354,6 +354,24 @@ def test_bfloat16_is_the_default_where_it_is_faster(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
         assert [fast_dtype(d) for d in ("cpu", "cuda:1", "gpu", "trainium", "neuron")] == [cpu] + ["bfloat16"] * 4
         assert fast_dtype("mps") == fast_dtype("xla") == "float32"
+
+
+def test_attention_of_training_in_bfloat16_on_a_cpu():
+    """Torch's own account of what it chooses, and gradients next to those in float32."""
+    exact = [torch.randn(2, 3, 40, 16, requires_grad=True, generator=torch.manual_seed(i)) for i in range(3)]
+    wanted = torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(*exact).sum() * 30, exact)
+    flash, math = (getattr(torch.nn.attention.SDPBackend, name).value for name in ("FLASH_ATTENTION", "MATH"))
+    try:
+        for device, dtype, longest, choice in (("cpu", "bfloat16", 1024, math), ("cpu", "bfloat16", 1025, flash),
+                                               ("cpu", "float32", 9, flash), ("cuda", "bfloat16", 9, flash)):
+            attention_for_training(device, dtype, longest)
+            q, k, v = half = [t.bfloat16() for t in exact]
+            assert torch._fused_sdp_choice(q, k, v) == choice
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            for got, want in zip(torch.autograd.grad(y.sum() * 30, half), wanted):
+                assert (got - want).abs().max() < 0.02 * want.abs().max()
+    finally:
+        attention_for_training("cpu", "float32", 0)
 
 
 @pytest.mark.parametrize("mode, n_layers", [("full", 1), pytest.param("compressed", 4, marks=pytest.mark.slow)])
