@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # a core each, of the two
 
 import pytest
-import torch
+import torch.distributed.run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -134,8 +134,9 @@ def examples():
 
 # scripts run in processes forked from one that has imported these: to start one anew takes longer than most tests
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["torch", "torch.distributed.checkpoint.state_dict", "transformers",
-                              "transformers.models.auto.modeling_auto", "transformers.integrations.finegrained_fp8"])
+forks.set_forkserver_preload(["torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.run", "transformers",
+                              "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+                              "transformers.integrations.finegrained_fp8"])
 
 
 def be_script(args, cwd, env, out, err):
@@ -149,14 +150,19 @@ def be_script(args, cwd, env, out, err):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run(*args, ok=True, cwd=ROOT):
-    """-> stdout of a script, or, where it should fail, the one line that it says."""
+def script(args, cwd=ROOT):
+    """-> exit status, stdout, stderr"""
     with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as err:
         process = forks.Process(target=be_script, args=(args, cwd, dict(os.environ), out.name, err.name))
         process.start()
         process.join()
-        said, complained = out.read(), err.read()
-    assert process.exitcode == (0 if ok else 1), said + complained
+        return process.exitcode, out.read(), err.read()
+
+
+def run(*args, ok=True, cwd=ROOT):
+    """-> stdout of a script, or, where it should fail, the one line that it says."""
+    status, said, complained = script(args, cwd)
+    assert status == (0 if ok else 1), said + complained
     if ok:
         return said
     assert "Traceback" not in complained, complained
@@ -165,10 +171,9 @@ def run(*args, ok=True, cwd=ROOT):
 
 def torchrun(n, *args, ok=True):
     """-> stdout of a script in n processes, or, where it should fail, what they say."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done.stdout if ok else done.stderr
+    status, said, complained = script([torch.distributed.run.__file__, "--standalone", f"--nproc_per_node={n}", *args])
+    assert (status == 0) == ok, said + complained
+    return said if ok else complained
 
 
 @pytest.fixture(scope="session")
