@@ -14,7 +14,6 @@ What compression costs and saves, and what its parts cost next to the usual way 
 Needs requirements-dev.txt, which has what is compared with. Before anything is timed, both sides must give the same.
 """
 
-import math
 import os
 import statistics
 import subprocess
@@ -504,7 +503,6 @@ def training(name, n, kind):
     optimizer = model.configure_optimizers(1e-5, 1e-5, 0.1, (0.9, 0.999))
     batch = model.to_device(model.collate(examples(n), int(docs)))
     ctx = nullcontext() if dtype == "float32" else torch.autocast(device, dtype=torch.bfloat16)
-    longest = query_tokens + answer_tokens + max(doc_tokens, int(docs) * (int(num_memory_tokens) + 1))
 
     def ordinary_loss():
         memory, _ = model.compressor(**batch["compressor"])
@@ -514,7 +512,9 @@ def training(name, n, kind):
                                position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)).loss
 
     def step(update=True):
-        attention_for_training(device, dtype, math.inf if name == "ordinary" else longest)
+        attention_for_training(device, dtype, model.config, int(docs))
+        if name == "ordinary":
+            torch.backends.cuda.enable_flash_sdp(True)
         with ctx:
             loss = ordinary_loss() if name == "ordinary" else model(batch)[0]
         loss.backward()

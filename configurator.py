@@ -174,10 +174,11 @@ def fast_dtype(device):
     return "bfloat16" if fast else "float32"
 
 
-def attention_for_training(device, dtype, longest):
-    """Chooses torch's attention for sequences of up to `longest` positions. On a CPU in bfloat16 the backward pass of
-    the fused one takes longer than matrix products and softmax one after the other; these keep L x L numbers a head and
-    layer for it, so that they are taken up to 1,024 positions only."""
+def attention_for_training(device, dtype, config, num_documents):
+    """On a CPU in bfloat16 the backward pass of torch's fused attention is slower than that of matrix products and a
+    softmax, which are chosen there for sequences of up to 1,024 positions: they keep L x L numbers a head and layer."""
+    read = num_documents * (config.doc_tokens if config.mode == "full" else config.num_memory_tokens + 1)
+    longest = config.query_tokens + config.answer_tokens + max(config.doc_tokens, read)
     plain = device == "cpu" and dtype == "bfloat16" and longest <= 1024
     torch.backends.cuda.enable_flash_sdp(not plain)  # these switches are the CPU's, too
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)

@@ -8,7 +8,8 @@ Trains a compressor and the generator's LoRA on a teacher's answers, on one devi
     torchrun --nproc_per_node=2 train.py config/modernbert.py --device=trainium  # 2 NeuronCores
 
 writes into out_dir, every eval_interval steps: last/, the checkpoint that --init_from=resume goes on from; previous/,
-the one before it; best/, that of the lowest validation loss; metrics.jsonl. On SIGTERM or Ctrl-C it saves and leaves.
+the one before it; best/, that of the lowest validation loss; metrics.jsonl. SIGTERM and Ctrl-C finish the step, save
+and leave.
 """
 
 import math
@@ -114,8 +115,6 @@ xla = kind == "xla"  # PyTorch/XLA: operations are collected into graphs, see th
 if xla:
     import torch_xla.core.xla_model as xm
 autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, dtype=torch.bfloat16)
-attention_for_training(kind, dtype, query_tokens + answer_tokens + max(
-    doc_tokens, num_documents * (doc_tokens if mode == "full" else num_memory_tokens + 1)))
 
 # data
 train_set, val_set = open_data(config)
@@ -170,6 +169,7 @@ with fail_on(ValueError, OSError):
     if eval_only or init_from != "scratch":
         model.load(out_dir if eval_only else checkpoints.last if resuming else init_from)
 distributed.place(model, processes, fsdp)
+attention_for_training(kind, dtype, model.config, num_documents)
 if gradient_checkpointing:
     distributed.enable_gradient_checkpointing(model, kind)
 flops = StepFlops(model)
