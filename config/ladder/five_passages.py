@@ -1,0 +1,16 @@
+# after config/smollm.py, with --init_from=CHECKPOINT of one passage: five retrieved passages (docs/ladder.md)
+train_data = "data/wiki_train/train.jsonl"
+val_data = "data/ladder/five.dev.jsonl"
+generator = "smollm2"
+device = "cpu"
+query_tokens = 48
+answer_tokens = 32
+batch_size = 4
+gradient_accumulation_steps = 4
+max_iters = 40
+generator_lr = 4e-4
+compressor_lr = 2e-4
+eval_interval = 40
+eval_examples = 64
+eval_samples = 0
+log_interval = 5
