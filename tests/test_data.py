@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import pytrec_eval
+import torch
 from transformers import AutoTokenizer
 
 from configurator import configure
@@ -12,6 +13,7 @@ from data import Chunks, Documents, Examples, StepExamples, with_documents_of_ot
 from files import replacing_folder
 from metrics import mean_scores, ndcg, score, trec_order
 
+ROOT = Path(__file__).parent.parent
 GOOD = dict(query="who?", documents=["a", {"title": "T", "text": "b"}], answer="x", reranking_scores=[1, 2.5], answers=["x"])
 
 
@@ -123,6 +125,17 @@ def test_a_broken_config_file(tmp_path):
         with pytest.raises(SystemExit) as e:
             configure(dict(SETTINGS), [write(tmp_path / "c.py", text)])
         assert wrong in str(e.value) and "c.py" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/**/*.py")), ids=lambda path: path.stem)
+def test_every_config_sets_what_its_script_has(path):
+    script = ROOT / ("prepare.py" if path.name.startswith("prepare") else "train.py")
+    block = script.read_text(encoding="utf-8").split("# " + "-" * 77 + "\n")[1]
+    settings = dict(torch=torch)
+    exec(block, settings)
+    before = dict(settings)
+    configure(settings, [str(path)])
+    assert settings != before
 
 
 def test_chunks_are_repeated_and_continued(tiny, tmp_path):
