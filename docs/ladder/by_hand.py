@@ -8,6 +8,7 @@ dev questions with their own passage and with another question's, for 32 and 8 e
 import json
 
 import torch
+from excerpts import best_start
 
 from model import ScaleDown, ScaleDownConfig
 
@@ -24,7 +25,7 @@ def means(ids, x, l, power):
 def excerpt(ids, x, l, words):
     """The embeddings of the l tokens among which the most of the tokens of x[words] occur."""
     words = {t for row in tokens([x[words], " " + x[words]], 128) for t in row}
-    start = max(range(max(1, len(ids) - l + 1)), key=lambda i: len(words & {*ids[i:i + l]}))
+    start = best_start(ids, words, l)
     return torch.cat([embed[ids[start:start + l]], center.expand(max(0, l - len(ids)), -1)])
 
 
