@@ -150,10 +150,9 @@ class BackboneCompressor(Compressor):
 
 
 class NLayersCompressor(BackboneCompressor):
-    """The first num_layers layers of the generator, with no head (paper, section 3: "OSCAR-N-Layers"). compressor_norm:
-    with its final norm (the authors' released class drops it, and nothing scales: memory is then three times as large
-    for SmolLM2). Their input embeddings stay the generator's: to train them as well, 28M weights next to 35M of ten
-    layers of SmolLM2's, gave nothing (docs/ladder.md). Raises what pretrained.first_layers() raises."""
+    """The first num_layers layers of the generator, with no head (paper, section 3: "OSCAR-N-Layers"), and with its
+    final norm if compressor_norm (the authors' released class drops it: memory is then three times as large for
+    SmolLM2). Input embeddings stay the generator's (why: docs/ladder.md). Raises what first_layers() raises."""
 
     layouts = dict(scaledown=Layout, oscar=TextLayout)
 
@@ -165,10 +164,8 @@ class NLayersCompressor(BackboneCompressor):
 
 class ModernBERTCompressor(BackboneCompressor):
     """An encoder that reads `[CLS] query [SEP] document [SEP] MEM_1..l RR`, every document as a row of its own, and a
-    projection Linear, ReLU, Linear to the generator's hidden size (paper, section 3 and appendix J).
-
-    compressor_model: any encoder (answerdotai/ModernBERT-base) or a small decoder (meta-llama/Llama-3.2-1B-Instruct,
-    the paper's OSCAR-llama), by name or folder.
+    projection Linear, ReLU, Linear to the generator's hidden size (paper, section 3 and appendix J). compressor_model:
+    any encoder or a small decoder (meta-llama/Llama-3.2-1B-Instruct, the paper's OSCAR-llama), by name or folder.
 
     The projection begins as an isometry, relu(x) - relu(-x) = x, where it is wide enough (projection_hidden twice the
     backbone's hidden size, no larger than the generator's): what the backbone tells apart stays apart. Its output is

@@ -24,7 +24,7 @@ from checkpoint import load_weights, open_checkpoint, save_weights
 from compressor import compressor_class, left_pad
 from data import check_questions, document_text
 from lora import adapter_off, apply_lora
-from pretrained import embedding_std, fingerprint, load_generator, load_tokenizer
+from pretrained import check_memory, embedding_std, fingerprint, load_generator, load_tokenizer
 from prompt import Prompt, render_prompts
 
 
@@ -96,6 +96,8 @@ class ScaleDown(nn.Module):
             apply_lora(self.compressor.backbone, c.compressor_lora_r, c.lora_alpha, c.lora_dropout)
         if self.device.type != "meta":
             generate.probe(self.decoder, embed(self.before_ids))
+            if c.mode == "compressed":
+                check_memory(*self.compress(["x"], [["x"]]), c, embed.embedding_dim)
 
     # ---- prompt
 

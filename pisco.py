@@ -27,6 +27,12 @@ class PISCOCompressor(Compressor):
         if config.query_dependent or config.enable_reranking or config.compressor_lora_r:
             raise ValueError("PISCOCompressor reads documents without the query, with a LoRA of its own: it takes "
                              "query_dependent=False, enable_reranking=False and compressor_lora_r=0")
+        self.longest = config.doc_tokens + 3
+        n = self.longest + config.num_memory_tokens
+        limit = getattr(generator.config, "max_position_embeddings", None) or n
+        if n > limit:
+            raise ValueError(f"document and memory tokens ({n}) are longer than the generator's {limit} positions: "
+                             "lower doc_tokens")
         self.config, self.tokenizer = config, load_tokenizer(config.generator)
         self.plain = plain_text(self.tokenizer)
         self.generator = [generator]  # in a list: it is not the compressor's to save
@@ -41,7 +47,7 @@ class PISCOCompressor(Compressor):
     def tokenize(self, queries, documents, k, fixed=False):
         """See Compressor. <ENC> has the id 0, in whose place forward() puts its embedding."""
         texts = [self.plain(d) for docs in documents for d in docs + [""] * (k - len(docs))]
-        t, longest = self.tokenizer, self.config.doc_tokens + 3
+        t, longest = self.tokenizer, self.longest
         start, end = ([] if i is None else [i] for i in (t.bos_token_id, t.eos_token_id))
         rows = t(texts, add_special_tokens=False, truncation=True, max_length=longest).input_ids
         ids, mask = left_pad([[0, *start, *row, *end][:longest] for row in rows], longest if fixed else 1)

@@ -210,6 +210,17 @@ def probe_compressor(compressor, name):
     c.zero_grad()
 
 
+def check_memory(memory, scores, config, d):
+    """Raises ValueError, before any work, where a compressor has made something else of one query and one document than
+    what Compressor.forward() has to return. d: the generator's hidden size."""
+    for name, found, shape in (("memory", memory, (1, 1, config.num_memory_tokens, d)),
+                               *([("scores", scores, (1, 1))] if config.enable_reranking else [])):
+        made = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        if made != shape:
+            raise ValueError(f"compressor_type={config.compressor_type} returns {made} as {name} of one query and one "
+                             f"document, not {shape}")
+
+
 def check_plain_lora(config, folder):
     """Raises ValueError for an adapter_config.json of anything more than plain LoRA, by the setting's name."""
     for name, value in config.items():

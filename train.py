@@ -287,8 +287,9 @@ if eval_only:
     distributed.leave()
 if rank == 0:
     checkpoints.open(step, state["is_best"])
-    if wandb_log:
-        wandb.init(project=wandb_project, name=wandb_run_name or None, config=config)
+    if wandb_log:  # a resumed run goes on in its own run of wandb
+        state["wandb_id"] = wandb.init(project=wandb_project, name=wandb_run_name or None, config=config,
+                                       id=state.get("wandb_id"), resume="allow").id
 signals.listen()
 
 # training loop

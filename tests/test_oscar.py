@@ -197,6 +197,7 @@ def test_pisco_trains_the_same_in_two_processes(tiny_oscar, tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     (["--query_dependent=True"], "query_dependent=False"),
+    (["--doc_tokens=40000"], "are longer than the generator's 32768 positions: lower doc_tokens"),
     (["--gradient_checkpointing=True"], "gradient_checkpointing=True does not go with compressor_type=pisco"),
     (["--compressor_layout=scaledown"], "was trained with compressor_layout=oscar, this is scaledown"),
     (["--sep_after_last=False"], "was trained with sep_after_last=True, this is False"),

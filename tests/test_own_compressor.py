@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 
 import pytest
 import torch
@@ -58,6 +60,22 @@ def test_a_run_with_a_parameter_that_is_never_used_goes_on(own, tmp_path, monkey
 def test_lora_takes_a_backbone(own, tmp_path):
     why = "compressor_lora_r takes a compressor with a backbone, unlike mean_pooling.MeanPooling"
     assert why in run("train.py", *own, "--compressor_lora_r=4", f"--out_dir={tmp_path}/out", ok=False)
+
+
+@pytest.mark.parametrize("returned, reranking, message", [
+    ("memory, None", True, "NoneType as scores of one query and one document, not (1, 1)"),
+    ("memory, memory[..., 0]", True, "(1, 1, 2) as scores of one query and one document, not (1, 1)"),
+    ("memory[0], None", False, "(1, 2, 32) as memory of one query and one document, not (1, 1, 2, 32)")])
+def test_what_a_compressor_must_return_is_said(tiny, tmp_path, monkeypatch, returned, reranking, message):
+    monkeypatch.syspath_prepend(f"{ROOT}/docs")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
+    (tmp_path / "wrong.py").write_text("from mean_pooling import MeanPooling\n\n\nclass Wrong(MeanPooling):\n"
+                                       "    def forward(self, **batch):\n        memory, _ = super().forward(**batch)\n"
+                                       f"        return {returned}\n")
+    with pytest.raises(ValueError, match=re.escape(f"compressor_type=wrong.Wrong returns {message}")):
+        ScaleDown(ScaleDownConfig(generator=tiny("llama"), compressor_type="wrong.Wrong", num_memory_tokens=2,
+                                  enable_reranking=reranking))
 
 
 def test_a_class_that_is_not_there_is_named(tiny):

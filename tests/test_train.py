@@ -129,6 +129,20 @@ def same_files(a, b):
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
+def test_a_resumed_run_goes_on_in_its_run_of_wandb(job, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(
+        "from types import SimpleNamespace\n\n\ndef init(id, resume, **_):\n"
+        f"    print(id, resume, file=open('{tmp_path}/inits', 'a'))\n    return SimpleNamespace(id=id or 'new')\n\n\n"
+        f"def log(entry, step):\n    print(step, file=open('{tmp_path}/steps', 'a'))\n\n\ndef finish():\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["train.py", *job[0], "--wandb_log=True", "--eval_interval=2", f"--out_dir={tmp_path}/out"]
+    run(*args, "--max_iters=2")
+    run(*args, "--max_iters=4", "--init_from=resume")
+    assert (tmp_path / "inits").read_text() == "None allow\nnew allow\n"
+    steps = [int(step) for step in (tmp_path / "steps").read_text().split()]
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 4
+
+
 def resume_if_begun(out_dir):
     return ["--init_from=resume"] * any(os.path.isdir(f"{out_dir}/{name}") for name in ("last", "previous"))
 
