@@ -120,11 +120,11 @@ def make_corpus(folder):
 
 
 def cut_queries():
-    """Yields ("FILE, line N", query, its text of at most query_tokens) of every query."""
+    """Yields ("FILE, line N", query, its text of at most query_tokens, whether it was longer) of every query."""
     prompt = Prompt(load_tokenizer(generator))
     for part in parts_of(read_queries(queries), 1024):
-        texts = prompt.cut([x["text"] for _, x in part], query_tokens)
-        yield from ((where, x, text.strip()) for (where, x), text in zip(part, texts))
+        for (where, x), text in zip(part, prompt.cut([x["text"] for _, x in part], query_tokens)):
+            yield where, x, text.strip(), text.strip() != prompt.plain(x["text"]).strip()
 
 
 def make_queries(folder):
@@ -134,7 +134,7 @@ def make_queries(folder):
         return counts
     texts, ids = set(), {}
     with replacing(f"{folder}/queries.jsonl") as f, progress("queries", unit="") as bar:
-        for where, x, text in cut_queries():
+        for where, x, text, cut in cut_queries():
             if ids.setdefault(x["_id"], where) != where:
                 fail(f"{where}: the _id '{x['_id']}' stands already in {ids[x['_id']].rpartition(', ')[2]}")
             if text in texts:
@@ -142,7 +142,7 @@ def make_queries(folder):
             elif not max_queries or counts["queries"] < max_queries:
                 texts.add(text)
                 counts["queries"] += 1
-                counts["cut"] += text != x["text"]
+                counts["cut"] += cut
                 counts["with_gold_answers"] += bool(x["answers"])
                 f.write(to_line(dict(_id=x["_id"], text=text, metadata=dict(answers=x["answers"]))))
             bar.update()

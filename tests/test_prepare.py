@@ -255,7 +255,7 @@ def test_gold_answers_and_retrieval_order(settings, whole, tmp_path, monkeypatch
 
 def test_duplicates_empty_documents_and_long_queries(settings, tmp_path, monkeypatch, capfd):
     queries = [dict(_id="a", text="who is it"), dict(_id="b", text=" who is it "), dict(_id="c", text="the stone " * 50),
-               dict(_id="d", text="the stone " * 60), dict(_id="e", text="near the river")]
+               dict(_id="d", text="the stone " * 60), dict(_id="e", text=" near </s> the river")]
     corpus = [dict(_id="1", text="the mayor"), dict(_id="2", text=" "), dict(_id="3", title="Loku", text="a river")]
     folder = make(tmp_path, monkeypatch, settings, queries=jsonl(tmp_path / "q.jsonl", queries), max_passages=3,
                   corpus=jsonl(tmp_path / "c.jsonl", corpus + [dict(_id="4", text="not read")]), reranker="", top_k=5)
