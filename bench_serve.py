@@ -8,7 +8,9 @@ documents' text in the prompt, answered by the same vLLM, compression included. 
 No two prompts begin with the same documents, so that vLLM's prefix cache helps neither side.
 """
 
+import math
 import os
+import re
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -57,16 +59,23 @@ def seconds(bodies):
 def main():
     configure(globals())
     at_least(globals(), docs=1, doc_tokens=1, answer_tokens=1, repeats=1)
+    if not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", requests_at_once):
+        fail(f"requests_at_once are numbers with commas, such as 1,32, not '{requests_at_once}'")
     if not tokenizer or not os.path.isfile(corpus):
         fail("--tokenizer=FOLDER, the generator's, and --corpus=FILE, the passages to ask about, are needed")
     prompt = Prompt(load_tokenizer(tokenizer))
     passages = (document_text(dict(title=title, text=text)) for _, title, text in read_documents(corpus))
     passages = [cut for p in passages for cut in prompt.cut([p], doc_tokens) if len(prompt.ids(cut)) >= doc_tokens - 2]
-    if len(passages) <= docs:
-        fail(f"{corpus} has {len(passages)} documents of {doc_tokens} tokens: too few")
-    passages = cycle(passages if len(passages) % docs else passages[1:])  # the second time around they fall otherwise
+    loads = [*map(int, requests_at_once.split(","))]
+    prompts = sum(2 * (1 + repeats * n) for n in loads)
+    while math.gcd(len(passages), docs) > 1:  # the second time around other documents come first
+        passages.pop()
+    if len(passages) < max(prompts, docs + 1):
+        fail(f"{corpus} has {len(passages)} documents of {doc_tokens} tokens: too few for {prompts} prompts that begin "
+             "with different ones: lower repeats or requests_at_once")
+    passages = cycle(passages)
     common = dict(model="scaledown", max_tokens=answer_tokens, ignore_eos=True, temperature=0)
-    for n in map(int, requests_at_once.split(",")):
+    for n in loads:
         taken = dict(compressed=[], full=[])
         for repeat in range(-1, repeats):  # the first does not count
             for name in taken:

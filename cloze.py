@@ -86,10 +86,12 @@ if __name__ == "__main__":
         documents, others = Documents(corpus), Examples(mix) if mix else []
         ids = {i: str(d.get("_id")) for i, d in enumerate(map(passage, documents)) if (d["text"] or "").strip()}
         kept = [i for i, id in ids.items() if judged_id(id, judged) not in judged]
-        if judged and len(kept) == len(ids):
+        if leave_out and len(kept) == len(ids):
             fail(f"{leave_out} names no passage of {corpus}: their \"_id\"s are to be those of its second column")
-        if len(kept) < 200:
-            fail(f"{corpus} has {len(kept)} passages to ask about, of at least 200: 100 are to validate")
+        n = sum(len(passage(documents[i])["text"].split()) >= 12 for i in kept)
+        if n < 200:
+            fail(f"{corpus} has {n} passages of 12 words or more, with white space between them, to ask about, of at "
+                 "least 200: 100 are to validate")
         rng = random.Random(seed)
         rng.shuffle(kept)
         os.makedirs(out, exist_ok=True)

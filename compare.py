@@ -30,8 +30,9 @@ def read_ways(paths):
     for path in paths:
         rows = [row for _, row in records(path)]
         questions = questions or rows
-        if [row.get("query") for row in rows] != [row.get("query") for row in questions]:
-            fail(f"{path} has answers to other questions than {paths[0]}")
+        for name, what in (("query", "answers to other questions"), ("references", "scores against other references")):
+            if [row.get(name) for row in rows] != [row.get(name) for row in questions]:
+                fail(f"{path} has {what} than {paths[0]}")
         modes = [name for name, value in (rows[0] if rows else {}).items() if isinstance(value, dict)]
         scored = [isinstance(row.get(mode), dict) and score in row[mode] for row in rows for mode in modes]
         if not modes or not all(scored):

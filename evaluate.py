@@ -79,8 +79,6 @@ if data:  # next to the checkpoint, for training replaces its folder
     answers = answers or f"{os.path.normpath(out_dir)}.{os.path.basename(folder)}.{Path(name).stem}.jsonl"
     if os.path.realpath(answers) in map(os.path.realpath, (data, qrels)):
         fail(f"--answers={answers} would overwrite what it is to be compared with")
-    if os.path.isdir(answers) or not os.access(os.path.dirname(answers) or ".", os.W_OK):
-        fail(f"{answers} cannot be written: --answers=FILE for another place")
 torch.manual_seed(seed)
 
 
@@ -105,23 +103,28 @@ def fill_store():
     print(f"{store}: memory of {len(corpus):,} documents")
 
 
+def judge_ids(text):
+    return judge_tokenizer(text, add_special_tokens=False).input_ids
+
+
+def judge_prompt(x, answer):
+    user = (f"Question: {x['query']}\nReference answers: {' / '.join(references(x))}\nAnswer to grade: {answer}\n\n"
+            "Does the answer to grade say what one of the reference answers says? A: yes. B: in part. C: no. "
+            "Reply with the letter alone.")
+    messages = partial(with_system, "You grade answers to questions.", plain_text(judge_tokenizer)(user))
+    text, rest, _ = render(judge_tokenizer, messages, "[[A]]")
+    return text + rest.split("[[A]]")[0]  # with what the template puts before a reply
+
+
 @torch.no_grad()
 def grades(examples, answers):
     """The judge's grade of each answer, 1, 0.5 or 0 (paper, section 4: an LLM's judgement): which of three letters is
     the likeliest to begin its reply."""
-    ids = lambda text: judge_tokenizer(text, add_special_tokens=False).input_ids
     found, at = [], judge_model.device
     for i in tqdm(range(0, len(examples), batch_size), desc="judge"):
-        prompts = []
-        for x, a in zip(examples[i:i + batch_size], answers[i:i + batch_size]):
-            user = (f"Question: {x['query']}\nReference answers: {' / '.join(references(x))}\nAnswer to grade: {a}\n\n"
-                    "Does the answer to grade say what one of the reference answers says? A: yes. B: in part. C: no. "
-                    "Reply with the letter alone.")
-            messages = partial(with_system, "You grade answers to questions.", plain_text(judge_tokenizer)(user))
-            text, rest, _ = render(judge_tokenizer, messages, "[[A]]")
-            prompts.append(text + rest.split("[[A]]")[0])  # with what the template puts before a reply
-        letters = [ids(prompts[0] + letter)[-1] for letter in "ABC"]
-        tokens, mask = left_pad([ids(prompt + "A")[:-1] for prompt in prompts])
+        prompts = [judge_prompt(*pair) for pair in zip(examples[i:i + batch_size], answers[i:i + batch_size])]
+        letters = [judge_ids(prompts[0] + letter)[-1] for letter in "ABC"]
+        tokens, mask = left_pad([judge_ids(prompt + "A")[:-1] for prompt in prompts])
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         logits = judge_model(tokens.to(at), attention_mask=mask.to(at), position_ids=positions.to(at),
                              logits_to_keep=1).logits[:, -1, letters]  # (B, 3)
@@ -150,6 +153,8 @@ def ranking_scores(examples):
 
 def check(examples):
     """What would fail only when all is generated."""
+    if os.path.isdir(answers) or not os.access(os.path.dirname(answers) or ".", os.W_OK):
+        fail(f"{answers} cannot be written: --answers=FILE for another place")
     if not all("answer" in x or x.get("answers") for x in examples):
         fail(f"{data}: an example has neither 'answer' nor 'answers' to score against")
     if qrels and not any(isinstance(x.get("_id"), str) and x["_id"] in relevance for x in examples):
@@ -167,6 +172,12 @@ def check(examples):
             grades(examples[:1], ["x"])
     except Exception as e:  # a template refuses in its own way
         fail(f"{judge} cannot judge: {e}")
+    limit = judge and getattr(judge_model.config, "max_position_embeddings", None)
+    for x in examples if limit else []:
+        n = len(judge_ids(judge_prompt(x, ""))) + (max_new_tokens or modes.model.config.answer_tokens)
+        if n > limit:
+            fail(f"{judge} cannot judge: question, references and answer of '{x['query']}' take {n} tokens, it has "
+                 f"{limit} positions")
 
 
 def answer_all(mode, examples):
@@ -232,8 +243,8 @@ with fail_on(ValueError, OSError):
 if compile:
     modes.model.decoder.compile()
 examples = [examples[i] for i in range(min(len(examples), max_samples or len(examples)))]
-for x in examples:
-    x["documents"] = x["documents"][:candidates or None]
+for x in examples:  # relevance: the compressor's scores, which Modes.reads() writes there
+    x |= dict(documents=x["documents"][:candidates or None], relevance=None)
 if compress:
     with fail_on(ValueError, OSError, SafetensorError):  # safetensors' own error when the disk is full
         fill_store()

@@ -227,5 +227,5 @@ def read_others_run(path, bar):
 
 
 def to_line(x):
-    """An object as a line of JSON Lines, as bytes."""
-    return json.dumps(x, ensure_ascii=False).encode() + b"\n"
+    """An object as a line of JSON Lines, as bytes; what is no JSON, such as the dates of a table, as a string."""
+    return json.dumps(x, ensure_ascii=False, default=str).encode() + b"\n"

@@ -675,20 +675,22 @@ def make_dataset(settings):
                 print(f"{name}: there already")
 
 
-def make_toy():
-    """Runs data/toy/prepare.py, which has settings of its own, in this process."""
-    if corpus or queries or run:
-        fail("dataset 'toy' takes no corpus, queries or run: --dataset=NAME names what is made of yours")
+def make_toy(given):
+    """Runs data/toy/prepare.py, which has settings of its own, in this process. given: names of settings that are not
+    as they stand above."""
+    if given:
+        fail(f"dataset 'toy' takes no {given[0]}: --dataset=NAME names what is made of your files")
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "toy", "prepare.py")
     sys.argv = [script]
     runpy.run_path(script, run_name="__main__")
 
 
-def copy_public():
+def copy_public(given):
     """See public.py: with examples there is nothing to retrieve and to answer."""
     check_name()
-    if given := [name for name in ("corpus", "queries", "run") if globals()[name]]:
-        fail(f"examples={examples} have documents and answers: leave out {given[0]}")
+    at_least(globals(), max_queries=0)
+    if unused := [x for x in given if x not in ("dataset", "examples", "val_fraction", "max_queries", "overwrite")]:
+        fail(f"examples={examples} have documents and answers: leave out {unused[0]}")
     if dataset == "toy" or not 0 <= val_fraction < 1:
         fail("examples take --dataset=NAME, which is not toy, and a val_fraction from 0 to less than 1")
     if distributed.world > 1:
@@ -700,15 +702,17 @@ def copy_public():
 
 
 if __name__ == "__main__":
+    above = dict(globals())
     settings = configure(globals())
+    given = [name for name in settings if settings[name] != above[name]]
     if examples:
         try:
             with fail_on(OSError):
-                copy_public()
+                copy_public(given)
         except KeyboardInterrupt:
             fail("interrupted: the same command begins anew")
     elif dataset == "toy":
-        make_toy()
+        make_toy(given)
     else:
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -70,6 +70,10 @@ def question(kind, request):
         raise ValueError("the question is missing, empty or no text")
     if not isinstance(documents, list) or not documents or not all(map(is_document, documents)):
         raise ValueError("documents is a list of strings or of objects with 'title' and 'text'")
+    try:
+        json.dumps([query, documents], ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"question and documents hold half a surrogate pair, which is no text: {e}") from e
     return dict(query=query, documents=documents)
 
 

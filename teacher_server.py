@@ -32,7 +32,7 @@ class Complaint(Exception):
         return self.status in (400, 413, 422) or not is_chat and self.status in (404, 405, 501)
 
     def may_pass(self):
-        return self.status >= 500 or self.status in (408, 409, 425, 429)
+        return self.status >= 500 or self.status in (200, 408, 409, 425, 429)
 
 
 class Refused(Exception):
@@ -95,8 +95,7 @@ class Server:
         reply = r.json()
         if isinstance(reply, dict) and reply.get("error"):  # gateways pack their server's error into a 200
             error = reply["error"] if isinstance(reply["error"], dict) else dict(message=reply["error"])
-            status = error.get("code")
-            status = status if isinstance(status, int) and status >= 400 else 400
+            status = int(code) if re.fullmatch(r"[45]\d\d", code := str(error.get("code"))) else r.status_code
             raise Complaint(status, str(error.get("message", error)), seconds)
         return reply
 
@@ -125,9 +124,10 @@ class Server:
                 return parse(self.send(path, {**body, **options} if body else None))
             except Complaint as c:
                 problem = f"HTTP status {c.status}: {self.public(c.text)}"
-                if c.status in (400, 422) and self.adapt(c.text, options):
+                if c.status in (200, 400, 422) and self.adapt(c.text, options):
                     continue
-                if c.about_the_request(is_chat=bool(body)):
+                # an error in a 200 may be about anything: this request is given up, when it has been tried often enough
+                if c.about_the_request(is_chat=bool(body)) or last and c.status == 200:
                     raise Refused(problem) from c
                 pause, last = max(pause, c.seconds), last or not c.may_pass()
             except requests.exceptions.JSONDecodeError as e:

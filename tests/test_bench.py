@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import jsonl
 from test_scripts import run
 
 
@@ -168,3 +171,39 @@ def test_prepare_beside_the_usual_way(tiny, tmp_path):
 ])
 def test_bad_input(args, message):
     assert re.search(message, run("bench.py", *args, ok=False))
+
+
+class Answers(BaseHTTPRequestHandler):
+    """What bench_serve.py needs of a server: the number of tokens."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        body = b'{"usage": {"completion_tokens": 32, "prompt_tokens": 100}}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_no_two_prompts_of_the_server_begin_alike(tiny, tmp_path):
+    corpus = jsonl(tmp_path / "c.jsonl", [dict(_id=str(i), text=f"{i} the mayor of Loku " * 20) for i in range(42)])
+    args = "bench_serve.py", f"--tokenizer={tiny('llama')}", f"--corpus={corpus}", "--doc_tokens=32"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        said = run(*args, f"--url=http://127.0.0.1:{server.server_port}/v1", "--requests_at_once=1,4", "--repeats=3")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "  4 at once  compressed" in said and "prompts of 100 positions" in said
+    first = [x["documents"][0] if "documents" in x else x["messages"][-1]["content"].split("\n\n")[0] for x in server.asked]
+    first = [re.search(r"\d+ the mayor", text)[0] for text in first]
+    assert len(first) == len({*first}) == 2 * (1 + 3) + 2 * (1 + 12)
+    assert "has 41 documents of 32 tokens: too few for 58 prompts that begin with different ones" in run(
+        *args, "--requests_at_once=1,4,8", "--repeats=2", ok=False)
+    for wrong in "", "1,a", "0", "1,":
+        assert "requests_at_once are numbers with commas" in run(*args, f"--requests_at_once={wrong}", ok=False)

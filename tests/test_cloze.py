@@ -74,7 +74,9 @@ def test_what_is_written(made):
 
 @pytest.mark.parametrize("args, says", [
     (["--out=x"], "cloze.py takes --corpus=FILE and --out=FOLDER"), (["--corpus=gone", "--out=x"], "gone does not exist"),
-    (["--corpus=few", "--out=x"], "few has 199 passages to ask about, of at least 200: 100 are to validate"),
+    (["--corpus=few", "--out=x"], "few has 199 passages of 12 words or more, with white space"),
+    (["--corpus=chinese", "--out=x"], "chinese has 0 passages of 12 words or more, with white space between them, to ask about"),
+    (["--corpus=corpus.jsonl", "--leave_out=header.tsv", "--out=x"], "header.tsv names no passage of"),
     (["--corpus=corpus.jsonl", "--out=all"], "all/train.jsonl is there already: choose another --out, or delete it"),
     (["--corpus=corpus.jsonl", "--out=validate"], "validate/val.jsonl is there already: choose another --out, or delete it"),
     (["--corpus=corpus.jsonl", "--leave_out=others.tsv", "--out=x"], "others.tsv names no passage of"),
@@ -85,6 +87,8 @@ def test_errors(made, args, says):
     made, _ = made
     (made / "few").write_text("a passage of twelve words or more that stands in a file\n" * 199)
     (made / "others.tsv").write_text("q1\tgone\t1\n")
+    (made / "header.tsv").write_text("query-id\tcorpus-id\tscore\n")
+    (made / "chinese").write_text("\u4e2d\u6587" * 99 + "\n" + "\u4e2d\u6587\n" * 300)
     (made / "validate").mkdir(exist_ok=True)
     (made / "validate" / "val.jsonl").touch()
     before = (made / "all" / "train.jsonl").read_bytes()

@@ -151,7 +151,10 @@ def test_compare_pairs_the_same_questions(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.jsonl").write_text("{}\n{\n")
     (tmp_path / "c.jsonl").write_text(json.dumps(dict(query="another", references=[])) + "\n")
+    with open(a) as f:
+        (tmp_path / "d.jsonl").write_text(f.read().replace('["x"]', '["y"]', 1))
     for args, why in (([f"--answers={a},{tmp_path / 'c.jsonl'}"], "has answers to other questions than"),
+                      ([f"--answers={a},{tmp_path / 'd.jsonl'}"], "d.jsonl has scores against other references than"),
                       ([f"--answers={a}", "--score=judge"], "is no file of answers by evaluate.py with a judge in every line"),
                       ([f"--answers={a}", "--score=answer"], "score is f1, em, match or judge, not 'answer'"),
                       ([f"--answers={tmp_path / 'empty.jsonl'}"], "is no file of answers"),

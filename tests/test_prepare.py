@@ -383,11 +383,13 @@ def server():
 
 
 def test_a_server_that_fails_answers_every_query_once(settings, whole, server, tmp_path, monkeypatch):
-    server.failures = [500, "slow", "closed", "half", "unfinished", 429, 503]
+    errors = "timeout", dict(message="slow down", code="rate_limit"), dict(message="slow down", code="429"), dict(code=502)
+    server.failures = [500, "slow", "closed", "half", "unfinished", 429, 503,
+                       *((json.dumps(dict(error=error)), 200, {}) for error in errors)]
     folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_timeout=1.0, teacher_requests=4)
     queries = load(folder / "queries.jsonl")
     assert load(folder / "teacher.jsonl") == [dict(_id=q["_id"], model="a-model", answer=f"answer to {q['text']}") for q in queries]
-    assert len(server.asked) == 20 + 7
+    assert len(server.asked) == 20 + 7 + 4
     # the chat that it is sent is the prompt of the model's full mode
     model = ScaleDown(ScaleDownConfig(generator=settings["generator"], num_layers=1, doc_tokens=24))
     sent = {model.tokenizer.apply_chat_template(b["messages"], tokenize=False, add_generation_prompt=True) for b in server.asked}
@@ -423,10 +425,11 @@ def test_a_server_that_refuses(settings, server, tmp_path, monkeypatch, capfd):
         capfd, tmp_path / "1", monkeypatch, settings, teacher_url=nobody, teacher_retries=0)
 
 
-def test_a_server_that_refuses_one_query(settings, server, tmp_path, monkeypatch, capfd):
-    server.failures = [None, None, 400, None]
-    folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=2)
-    assert "refused 1 queries, such as 'q" in capfd.readouterr().out
+@pytest.mark.parametrize("failure, status", [(400, 400), (('{"error": "no"}', 200, {}), 200), (('{"error": {"code": "400"}}', 200, {}), 400)])
+def test_a_server_that_refuses_one_query(settings, server, tmp_path, monkeypatch, capfd, failure, status):
+    server.failures = [None, None, failure, None]
+    folder = make(tmp_path, monkeypatch, settings, teacher_url=server.url, teacher_requests=2, teacher_retries=0)
+    assert re.search(rf"refused 1 queries, such as 'q\d+': HTTP status {status}: ", capfd.readouterr().out)
     empty = [x["_id"] for x in load(folder / "teacher.jsonl") if not x["answer"]]
     assert len(empty) == 1 and len(load(folder / "teacher.jsonl")) == 20
     assert len(load(folder / "train.jsonl")) + len(load(folder / "val.jsonl")) == 19
@@ -859,7 +862,7 @@ def test_no_gold_answers(settings, tmp_path, monkeypatch, capfd):
 
 def test_unreadable_files_on_the_command_line(settings, tmp_path):
     done = run(tmp_path, command(settings, dataset="toy"))
-    assert done.returncode == 1 and "dataset 'toy' takes no corpus, queries or run" in done.stderr and not (tmp_path / "data").exists()
+    assert done.returncode == 1 and "dataset 'toy' takes no corpus: " in done.stderr and not (tmp_path / "data").exists()
     done = run(tmp_path, command(settings, corpus=tmp_path))
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].endswith("is not a file")
     (tmp_path / "data").write_text("a file where a folder should be")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from datetime import datetime
 
 import pytest
 from conftest import EXAMPLES, ROOT, jsonl, losses, run
@@ -110,10 +111,17 @@ def test_prepare_copies_a_file_or_a_folder(tmp_path, dataset, tiny):
     assert len(curve) == 20 and curve[20] < curve[1] - 0.5
 
 
+def test_a_table_may_hold_dates(tmp_path, dataset):
+    table = parquet(tmp_path / "x.parquet", [dict(x, made=datetime(2026, 1, 2)) for x in PISCO])
+    run("prepare.py", f"--dataset={dataset}", f"--examples={table}")
+    assert {x["made"] for x in read(dataset)["train"]} == {"2026-01-02 00:00:00"}
+
+
 def test_what_does_not_go_together(tmp_path, dataset):
     path = jsonl(tmp_path / "x.jsonl", PISCO)
     for args, message in (
-            (["--corpus=x"], "leave out corpus"), (["--dataset=toy"], "which is not toy"),
+            (["--corpus=x"], "leave out corpus"), (["--teacher=gold"], "leave out teacher"),
+            (["--max_queries=-1"], "max_queries must be at least 0"), (["--dataset=toy"], "which is not toy"),
             (["--examples=no/such"], "no/such cannot be loaded"), (["--val_fraction=1.0"], "less than 1"),
             ([f"--examples={tmp_path}/empty"], "holds no .jsonl, .json or .parquet file")):
         (tmp_path / "empty").mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ import pytest
 import pytrec_eval
 import scipy.stats
 import torch
-from conftest import EXAMPLES, ROOT, run
+from conftest import EXAMPLES, ROOT, jsonl, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
@@ -259,7 +259,7 @@ def test_the_exported_generator_answers_alone(job, trained, tmp_path, monkeypatc
     assert scope["answers"] == model.generate(scope["queries"], scope["documents"])
 
 
-def test_bad_evaluations(job, trained, asked, tmp_path):
+def test_bad_evaluations(job, trained, asked, tiny, tmp_path):
     _, out_dir, job_folder = job
     folder, rows, _ = asked
     args = ["sample.py", f"--out_dir={out_dir}/last", *CPU]
@@ -281,3 +281,16 @@ def test_bad_evaluations(job, trained, asked, tmp_path):
     assert 'a document has no "_id"' in run(*args, f"--data={tmp_path}/text.jsonl", f"--qrels={tmp_path}/qrels.tsv", ok=False)
     assert "--answers=FILE for another place" in run(*args, data, "--answers=/nowhere/answers.jsonl", ok=False)
     assert "no/such/judge" in run(*args, data, "--judge=no/such/judge", ok=False)
+    assert "last_/config.json does not exist" in run("evaluate.py", f"--out_dir={tmp_path}/last_", data, ok=False)
+    long = [dict(EXAMPLES[0], answers=[" ".join(["stone"] * n)]) for n in (1, 600)]
+    jsonl(tmp_path / "long.jsonl", long)
+    assert f"cannot judge: question, references and answer of '{EXAMPLES[0]['query']}' take " in run(
+        *args, f"--data={tmp_path}/long.jsonl", f"--judge={tiny('llama')}", ok=False)
+
+
+def test_an_examples_own_relevance_is_not_the_compressors(job, trained, asked, tmp_path):
+    folder, rows, _ = asked
+    jsonl(tmp_path / "x.jsonl", [dict(x, relevance=number) for number, x in enumerate(rows)])
+    said = run("evaluate.py", f"--out_dir={job[1]}/last", f"--data={tmp_path}/x.jsonl", f"--qrels={folder}/qrels.tsv",
+               "--mode=none", *CPU)
+    assert json.loads(said.splitlines()[-1])["ndcg@10"].keys() == {"given", "teacher"}

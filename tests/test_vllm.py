@@ -117,6 +117,7 @@ def test_answers_are_generates(server, checkpoint):
 
 BROKEN = [
     (dict(documents=[]), 400, "documents is a list"), (dict(documents=[3]), 400, "documents is a list"),
+    (dict(documents=["\ud800"]), 400, "half a surrogate pair"),
     (dict(documents="x"), 400, "documents is a list"), (dict(messages=[]), 400, "one message, the question"),
     (dict(messages=[dict(role="system", content="x"), dict(role="user", content="x")]), 400, "one message, the question"),
     (dict(messages=[dict(role="user", content=" ")]), 400, "the question is missing, empty or no text"),
