@@ -139,6 +139,12 @@ MAY_DIFFER = {*"""out_dir init_from eval_only eval_interval eval_examples eval_s
     peak_tflops""".split(), "sha256 of val_data"}
 
 
+def may_differ(run):
+    """Names of settings that may be others when a run, with these settings, is resumed or evaluated."""
+    return MAY_DIFFER | ({"num_layers", "compressor_norm"} if run["compressor_type"] == "modernbert" else
+                         {"projection_hidden"}) | (set() if run["enable_reranking"] else {"rerank_lambda"})
+
+
 def damage(checkpoint):
     """What is wrong with the files of a checkpoint; None when they are those that were written."""
     try:
@@ -177,7 +183,7 @@ class Checkpoints:
     def compare_model(self, config, config_class):
         """Fails where the checkpoint in out_dir itself, which is to be evaluated, has other settings of the model."""
         for name, value in read_config(self.out_dir, config_class)[1].items():
-            if name not in ("generator", "compressor_model") and value != config[name]:
+            if name not in may_differ(config) and value != config[name]:
                 fail(f"the checkpoint {self.out_dir} has {name}={value}, this run {name}={config[name]}")
         print0(f"evaluating {self.out_dir}")
 
@@ -186,11 +192,9 @@ class Checkpoints:
         younger than the checkpoint had. Says which differ, and fails for those that decide what is trained."""
         state = torch.load(f"{self.last}/optimizer.pt", map_location="cpu", weights_only=True)
         saved = {**defaults, "sha256 of val_data": run["sha256 of val_data"], **state["run"]}
-        may_differ = MAY_DIFFER | ({"num_layers", "compressor_norm"} if run["compressor_type"] == "modernbert" else
-                                   {"projection_hidden"}) | (set() if run["enable_reranking"] else {"rerank_lambda"})
         differs = {name: f"{name}={saved.get(name)} (now {value})" for name, value in run.items()
                    if value != saved.get(name)}
-        if wrong := [text for name, text in differs.items() if name not in may_differ]:
+        if wrong := [text for name, text in differs.items() if name not in may_differ(run)]:
             fail(f"{self.last} was trained with {', '.join(wrong)}: resume with its settings, or choose another "
                  "out_dir")
         differs.pop("init_from", None)

@@ -43,6 +43,8 @@ def configure(settings, argv=None):
             value = float(value)
         if type(value) is not wanted:
             fail(f"{where}: {name} takes a value of type {wanted.__name__}, not {value!r}")
+        if wanted is int and not -2**63 <= value < 2**63:
+            fail(f"{where}: {name}={value} has more than 64 bits")
         settings[name] = os.path.expanduser(value) if wanted is str else value  # no shell does it after a "="
 
     argv = sys.argv[1:] if argv is None else argv
@@ -71,7 +73,7 @@ def configure(settings, argv=None):
             if type(settings.get(name)) is not str:
                 try:
                     value = ast.literal_eval(text)
-                except (SyntaxError, ValueError):
+                except (SyntaxError, ValueError, TypeError):
                     pass  # stays a string, which override() refuses with the type it wanted
             override(name, value, arg)
     if {"-h", "--help"} & {*argv}:

@@ -200,6 +200,8 @@ if __name__ == "__main__":
     at_least(globals(), steps=1, pretrain_steps=1, max_samples=0, rows=0, seed=0)
     if table not in TABLES:
         fail(f"table is one of {', '.join(TABLES)}, not '{table}'")
+    if plot and (table != "rate" or rows):
+        fail("--plot=FOLDER draws the whole table rate: it takes --table=rate and no rows")
     os.makedirs(out_dir, exist_ok=True)
     if not all(map(os.path.exists, ("data/toy/train.jsonl", "data/toy/qrels.test.tsv"))):
         run("prepare.py", "--dataset=toy")

@@ -574,8 +574,7 @@ def start_manifest(folder, settings):
         made_with = {}  # a setting may be that of several stages
         for name in STAGES:
             if {name, *later(name)} & {*on_disk}:
-                made_with |= {key: f"another content of {key}={globals()[key]}" if key in contents else
-                              f"{key}={was[name].get(key)}, now {globals()[key]}" for key in changed[name]}
+                made_with |= {key: difference(key, was[name].get(key)) for key in changed[name]}
         fail(f"{folder} was made with {', '.join(made_with.values())}: --overwrite=True makes anew "
              f"{', '.join(on_disk)}, another --dataset keeps both")
 
@@ -591,6 +590,14 @@ def start_manifest(folder, settings):
         if stages[name].get("complete"):
             remove_parts(folder, name)
     return manifest
+
+
+def difference(key, was):
+    """How a setting differs from what it was, for a message; of a file that is read, was is its checksum, or empty."""
+    now = globals()[key]
+    if key not in ("corpus", "queries", "run"):
+        return f"{key}={was}, now {now}"
+    return f"another content of {key}={now}" if was and now else f"a {key}, now none" if was else f"no {key}, now {now}"
 
 
 def replace_files(folder, stages, manifest):

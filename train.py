@@ -102,9 +102,9 @@ if init_from not in ("scratch", "resume") and not os.path.isdir(init_from):
     fail(f"init_from is scratch, resume or the folder of a checkpoint, not '{init_from}'")
 at_least(globals(), **{name: 0 for name, value in config.items() if type(value) in (int, float)})
 at_least(globals(), batch_size=1, gradient_accumulation_steps=1, num_documents=1, eval_examples=1, eval_interval=1,
-         log_interval=1)
-if max(beta1, beta2) >= 1 or epochs == 0:
-    fail("beta1 and beta2 must be less than 1, epochs more than 0")
+         log_interval=1, lora_alpha=1, projection_hidden=1)
+if max(beta1, beta2) >= 1 or warmup_ratio > 1 or epochs == 0:
+    fail("beta1 and beta2 must be less than 1, warmup_ratio (of all steps) at most 1, epochs more than 0")
 if wandb_log:
     wandb = import_or_fail("wandb", "wandb_log=True")
 

@@ -112,6 +112,7 @@ def test_overrides_in_order(tmp_path):
 @pytest.mark.parametrize("args,wrong", [
     (["--batchsize=3"], "unknown setting 'batchsize', did you mean 'batch_size'?"), (["--_private=3"], "unknown setting"),
     (["--batch_size=3.5"], "batch_size takes a value of type int"), (["--batch_size=four"], "of type int, not 'four'"),
+    (["--batch_size={[]: 1}"], "batch_size takes a value of type int"), (["--batch_size=1" + "0" * 19], "has more than 64 bits"),
     (["--flag=1"], "flag takes a value of type bool"), (["--lr=True"], "lr takes a value of type float"),
     (["--batch_size"], "written --name=value"), (["batch_size=3"], "does not exist"), (["config/none.py"], "does not exist")])
 def test_bad_settings(args, wrong):

@@ -614,6 +614,8 @@ def test_other_settings_stop_or_overwrite(settings, whole, tmp_path, monkeypatch
     assert not list(folder.glob("*.replaced")) and mine.read_text() == "the user's"
     # a copy elsewhere of the same input is the same input
     make(tmp_path, monkeypatch, settings, num_documents=2, corpus=str(shutil.copy(settings["corpus"], tmp_path / "copy.jsonl")))
+    trec = str(whole / "run.retrieval.trec")
+    assert f"data/x was made with no run, now {trec}:" in wrong(capfd, tmp_path, monkeypatch, settings, num_documents=2, overwrite=False, run=trec)
 
 
 def test_a_file_that_was_removed_is_made_anew_and_what_depends_on_it(settings, whole, server, tmp_path, monkeypatch, capfd):

@@ -63,7 +63,7 @@ def test_eval_only_changes_nothing(job, trained):
     losses = {x["step"]: x["val_loss"] for x in metrics(out_dir) if "val_loss" in x}
     assert f"val_loss {losses[10]:.4f}" in out
     assert before == {f: os.stat(f"{out_dir}/{f}").st_mtime_ns for f in os.listdir(out_dir)}
-    out = run("train.py", *args, f"--out_dir={out_dir}/best", "--eval_only=True")
+    out = run("train.py", *args, f"--out_dir={out_dir}/best", "--eval_only=True", "--projection_hidden=7")  # of modernbert
     assert f"val_loss {min(losses.values()):.4f}" in out
 
 
@@ -196,7 +196,10 @@ def test_bad_input_to_train(job, tmp_path):
     assert "no/such/model" in run("train.py", *fresh, "--generator=no/such/model", ok=False)
     assert "device is cpu, cuda" in run("train.py", *fresh, "--device=abacus", ok=False)
     assert "compressor_lr must be at least 0, not -0.1" in run("train.py", *fresh, "--compressor_lr=-0.1", ok=False)
-    assert "beta1 and beta2 must be less than 1" in run("train.py", *fresh, "--beta2=1.0", ok=False)
+    for wrong in "--beta2=1.0", "--warmup_ratio=500":
+        assert "beta1 and beta2 must be less than 1, warmup_ratio (of all steps) at most 1" in run("train.py", *fresh, wrong, ok=False)
+    assert "lora_alpha must be at least 1, not 0" in run("train.py", *fresh, "--lora_alpha=0", ok=False)
+    assert "takes --table=rate and no rows" in run("experiments.py", "--table=rate", "--rows=2", f"--plot={tmp_path}", ok=False)
     assert "compressor_type is n_layers, modernbert or module.Class" in run("train.py", *fresh, "--compressor_type=zip", ok=False)
     assert "holds no checkpoint" in run("train.py", *fresh, "--init_from=resume", ok=False)
     assert "does not divide among 3 processes" in torchrun(3, "train.py", *fresh, ok=False)
