@@ -68,7 +68,8 @@ def main():
     passages = [cut for p in passages for cut in prompt.cut([p], doc_tokens) if len(prompt.ids(cut)) >= doc_tokens - 2]
     loads = [*map(int, requests_at_once.split(","))]
     prompts = sum(2 * (1 + repeats * n) for n in loads)
-    while math.gcd(len(passages), docs) > 1:  # the second time around other documents come first
+    # the second time around other documents come first
+    while len(passages) > docs and math.gcd(len(passages), docs) > 1:
         passages.pop()
     if len(passages) < max(prompts, docs + 1):
         fail(f"{corpus} has {len(passages)} documents of {doc_tokens} tokens: too few for {prompts} prompts that begin "

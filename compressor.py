@@ -76,7 +76,7 @@ class BackboneCompressor(Compressor):
         self.layout = self.layouts[c.compressor_layout](self.tokenizer, c)
         self.longest = self.layout.longest + c.num_memory_tokens + c.enable_reranking
         self.first_position = pretrained.first_position(backbone)
-        limit = (getattr(backbone.config, "max_position_embeddings", None) or self.longest) - self.first_position
+        limit = pretrained.max_positions(backbone) - self.first_position
         if self.longest > limit:
             raise ValueError(f"query, document and memory tokens ({self.longest}) are longer than the compressor's "
                              f"{limit} positions: lower doc_tokens or query_tokens")

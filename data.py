@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from configurator import fail
 from distributed import host_sum, print0, rank, run_script
 from files import read_lines
-from formats import examples_of
+from formats import check_unicode, examples_of
 from pretrained import load_tokenizer
 
 
@@ -103,8 +103,8 @@ class Examples:
         for start, end, text in self.list_items() if self.is_list() else self.lines():
             try:
                 rows = self.rows(self.parse(text))
-                if b"\\ud" in text.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
-                    json.dumps(rows, ensure_ascii=False).encode()
+                if b"\\ud" in text.lower():
+                    check_unicode(rows)
                 wrong = next(filter(None, map(check, rows)), None)
                 if not wrong and self.is_empty(rows[0]):
                     self.empty += 1

@@ -31,7 +31,7 @@ from data import Documents, Examples, Store, document_text
 from files import file_sha256, replacing
 from metrics import describe, judged_id, ndcg, read_qrels, references, score, trec_order
 from modes import Modes
-from pretrained import load_model, load_tokenizer, plain_text
+from pretrained import load_model, load_tokenizer, max_positions, plain_text
 from prompt import render, with_system
 
 # -----------------------------------------------------------------------------
@@ -172,10 +172,9 @@ def check(examples):
             grades(examples[:1], ["x"])
     except Exception as e:  # a template refuses in its own way
         fail(f"{judge} cannot judge: {e}")
-    limit = judge and getattr(judge_model.config, "max_position_embeddings", None)
-    for x in examples if limit else []:
+    for x in examples if judge else []:
         n = len(judge_ids(judge_prompt(x, ""))) + (max_new_tokens or modes.model.config.answer_tokens)
-        if n > limit:
+        if n > (limit := max_positions(judge_model)):
             fail(f"{judge} cannot judge: question, references and answer of '{x['query']}' take {n} tokens, it has "
                  f"{limit} positions")
 

@@ -81,11 +81,19 @@ def tsv_record(where, line, names, has_header):
     return dict(zip(names, map(unquoted, cells) if has_header else cells))
 
 
+def check_unicode(x):
+    """Raises ValueError for half a surrogate pair in the strings of x: good JSON, but no tokeniser takes it."""
+    try:
+        json.dumps(x, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"half a surrogate pair, which is no text: {e}") from e
+
+
 def json_record(where, line):
     try:
         x = json.loads(line)
-        if "\\ud" in line.lower():  # half a surrogate pair is good JSON, but no tokeniser takes it
-            json.dumps(x, ensure_ascii=False).encode()
+        if "\\ud" in line.lower():
+            check_unicode(x)
     except ValueError as e:
         fail(f"{where}: broken JSON: {e}")
     if not isinstance(x, dict):

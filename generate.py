@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import first_line
+from pretrained import max_positions
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def last_logits(model, x, mask, n):
 
 def check_length(model, length, whose=""):
     """Raises ValueError when a prompt and its answer have more positions than the model. whose: says which prompt."""
-    limit = getattr(model.config, "max_position_embeddings", None) or length
+    limit = max_positions(model)
     if length > limit:
         raise ValueError(f"prompt and answer{whose} ({length} tokens) are longer than the generator's {limit} "
                          "positions: fewer documents, or lower num_memory_tokens, doc_tokens or answer_tokens")

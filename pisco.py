@@ -12,7 +12,7 @@ from torch import nn
 from compressor import Compressor
 from layout import left_pad
 from lora import layers, other_adapter
-from pretrained import embedding_std, load_tokenizer, plain_text
+from pretrained import embedding_std, load_tokenizer, max_positions, plain_text
 
 
 class PISCOCompressor(Compressor):
@@ -28,8 +28,7 @@ class PISCOCompressor(Compressor):
             raise ValueError("PISCOCompressor reads documents without the query, with a LoRA of its own: it takes "
                              "query_dependent=False, enable_reranking=False and compressor_lora_r=0")
         self.longest = config.doc_tokens + 3
-        n = self.longest + config.num_memory_tokens
-        limit = getattr(generator.config, "max_position_embeddings", None) or n
+        n, limit = self.longest + config.num_memory_tokens, max_positions(generator)
         if n > limit:
             raise ValueError(f"document and memory tokens ({n}) are longer than the generator's {limit} positions: "
                              "lower doc_tokens")

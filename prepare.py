@@ -597,7 +597,9 @@ def difference(key, was):
     now = globals()[key]
     if key not in ("corpus", "queries", "run"):
         return f"{key}={was}, now {now}"
-    return f"another content of {key}={now}" if was and now else f"a {key}, now none" if was else f"no {key}, now {now}"
+    if was and now:
+        return f"another content of {key}={now}"
+    return f"a {key}, now none" if was else f"no {key}, now {now}"
 
 
 def replace_files(folder, stages, manifest):

@@ -100,10 +100,14 @@ def first_position(model):
     return 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
 
 
+def max_positions(model):
+    """How many positions a model has; a million where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 20
+
+
 def longest_text(model, tokenizer):
     """The largest number of tokens that a model and its tokeniser take."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    return min(tokenizer.model_max_length, positions - first_position(model))
+    return min(tokenizer.model_max_length, max_positions(model) - first_position(model))
 
 
 def embedding_std(embed):

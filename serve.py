@@ -27,6 +27,7 @@ import torch
 from configurator import at_least, configure, fail, fail_on, fast_dtype, torch_device
 from data import is_document
 from files import file_sha256, replacing_folder
+from formats import check_unicode
 from modes import Modes
 from pretrained import decoder_layers
 
@@ -70,10 +71,7 @@ def question(kind, request):
         raise ValueError("the question is missing, empty or no text")
     if not isinstance(documents, list) or not documents or not all(map(is_document, documents)):
         raise ValueError("documents is a list of strings or of objects with 'title' and 'text'")
-    try:
-        json.dumps([query, documents], ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"question and documents hold half a surrogate pair, which is no text: {e}") from e
+    check_unicode([query, documents])
     return dict(query=query, documents=documents)
 
 

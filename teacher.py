@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from compressor import left_pad
 from configurator import fail
 from parts import by_length
-from pretrained import load_model, load_tokenizer
+from pretrained import load_model, load_tokenizer, max_positions
 from prompt import Prompt
 
 
@@ -51,7 +51,7 @@ class Teacher:
         """
         prompts = [self.prompt.text(query, documents) for _, query, documents in queries]
         lengths = [len(ids) + answer_tokens for ids in self.prompt.ids(prompts)]
-        limit = getattr(self.model.config, "max_position_embeddings", None) or float("inf")
+        limit = max_positions(self.model)
         if max(lengths) > limit:
             id = queries[lengths.index(max(lengths))][0]
             fail(f"teacher: prompt and answer of the query '{id}' take {max(lengths)} tokens, {self.name} has {limit} "

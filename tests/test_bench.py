@@ -205,5 +205,6 @@ def test_no_two_prompts_of_the_server_begin_alike(tiny, tmp_path):
     assert len(first) == len({*first}) == 2 * (1 + 3) + 2 * (1 + 12)
     assert "has 41 documents of 32 tokens: too few for 58 prompts that begin with different ones" in run(
         *args, "--requests_at_once=1,4,8", "--repeats=2", ok=False)
+    assert "has 0 documents of 999 tokens: too few" in run(*args, "--doc_tokens=999", ok=False)
     for wrong in "", "1,a", "0", "1,":
         assert "requests_at_once are numbers with commas" in run(*args, f"--requests_at_once={wrong}", ok=False)

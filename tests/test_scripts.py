@@ -198,7 +198,8 @@ def test_bad_input_to_train(job, tmp_path):
     assert "compressor_lr must be at least 0, not -0.1" in run("train.py", *fresh, "--compressor_lr=-0.1", ok=False)
     for wrong in "--beta2=1.0", "--warmup_ratio=500":
         assert "beta1 and beta2 must be less than 1, warmup_ratio (of all steps) at most 1" in run("train.py", *fresh, wrong, ok=False)
-    assert "lora_alpha must be at least 1, not 0" in run("train.py", *fresh, "--lora_alpha=0", ok=False)
+    for name in "lora_alpha", "projection_hidden":
+        assert f"{name} must be at least 1, not 0" in run("train.py", *fresh, f"--{name}=0", ok=False)
     assert "takes --table=rate and no rows" in run("experiments.py", "--table=rate", "--rows=2", f"--plot={tmp_path}", ok=False)
     assert "compressor_type is n_layers, modernbert or module.Class" in run("train.py", *fresh, "--compressor_type=zip", ok=False)
     assert "holds no checkpoint" in run("train.py", *fresh, "--init_from=resume", ok=False)
