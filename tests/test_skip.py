@@ -1,17 +1,20 @@
-"""skip.py: the means by a loop over slices, what memory begins as, and batches of other shapes."""
+"""skip.py: means and weighted means by a loop over slices, what memory begins as, and batches of other shapes."""
 
 import pytest
 import torch
 from conftest import EXAMPLES
 
+from compressor import NLayersCompressor
 from model import ScaleDown, ScaleDownConfig
 from pretrained import embedding_std
 from skip import slice_means
 
+SKIP, POINTER = "skip.SkipNLayersCompressor", "skip.PointerNLayersCompressor"
 
-def build(folder, **settings):
+
+def build(folder, compressor=SKIP, **settings):
     torch.manual_seed(0)
-    return ScaleDown(ScaleDownConfig(generator=folder, compressor_type="skip.SkipNLayersCompressor", num_layers=2, **{
+    return ScaleDown(ScaleDownConfig(generator=folder, compressor_type=compressor, num_layers=2, **{
         **dict(num_memory_tokens=3, lora_dropout=0.0, answer_tokens=8), **settings}))
 
 
@@ -48,12 +51,58 @@ def test_memory_begins_as_the_means_and_learns(tiny):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in c.parameters() if p.requires_grad)
 
 
-def test_the_largest_shape_means_the_same(tiny):
-    model = build(tiny("llama")).eval()
+def test_pointers_begin_by_weighing_all_tokens_alike_and_learn(tiny):
+    x = [EXAMPLES[0]["query"]], [EXAMPLES[0]["documents"]]
+    skip, pointer = (build(tiny("llama"), name).eval() for name in (SKIP, POINTER))
+    torch.testing.assert_close(pointer.compress(*x)[0], skip.compress(*x)[0])
+    loss, _ = pointer(pointer.collate(EXAMPLES))
+    loss.backward()
+    c = pointer.compressor
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in c.parameters() if p.requires_grad)
+
+
+def test_weighted_means_are_those_of_a_loop(tiny):
+    """Random pointers, five memory tokens, and a document of fewer tokens, by a softmax over each slice on its own."""
+    c = build(tiny("llama"), POINTER, num_memory_tokens=5).eval().requires_grad_(False).compressor
+    d = c.point.shape[0]
+    c.point.normal_(), c.point_bias.normal_(std=0.1)
+    batch = c.tokenize(["where is it"], [["one two three, four of the five and six", "one"]], 3)
+    memory, _ = c(**batch)
+    h, _ = NLayersCompressor.forward(c, **batch)
+    assert batch["doc_mask"].sum(-1)[0, 0] > 5 > batch["doc_mask"].sum(-1)[0, 1]
+    unit = lambda t: t / (t.pow(2).mean() + torch.finfo(t.dtype).eps).sqrt()
+    for k in range(3):
+        ids = batch["doc_ids"][0, k][batch["doc_mask"][0, k]]
+        for i in range(5):
+            part = [c.backbone.get_input_embeddings().weight[t] for j, t in enumerate(ids) if j * 5 // len(ids) == i]
+            made = unit(h[0, k, i])
+            pointer = 4 * (c.point.T @ made / d + c.point_bias)
+            weights = torch.tensor([unit(t) @ pointer for t in part]).softmax(0)
+            mean = sum((w * t for w, t in zip(weights, part)), torch.zeros(d))
+            torch.testing.assert_close(memory[0, k, i], c.generator_std * (unit(mean) + 0.1 * made))
+            assert len(part) < 2 or weights.max() > 1.01 / len(part)  # not the plain mean
+
+
+@pytest.mark.parametrize("compressor", [SKIP, POINTER])
+def test_the_largest_shape_means_the_same(tiny, compressor):
+    model = build(tiny("llama"), compressor).eval()
+    if compressor == POINTER:
+        torch.nn.init.normal_(model.compressor.point_bias)
     loss = [model(model.collate(EXAMPLES, 3, fixed))[0].item() for fixed in (False, True)]
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)
 
 
 def test_what_cannot_be_packed_is_refused(tiny):
-    with pytest.raises(ValueError, match="cannot be read packed"):
-        build(tiny("gemma3"), doc_tokens=300)  # longer than its window
+    for compressor in SKIP, POINTER:
+        with pytest.raises(ValueError, match=f"cannot be read packed, which {compressor[5:]} needs"):
+            build(tiny("gemma3"), compressor, doc_tokens=300)  # longer than its window
+
+
+def test_answers_in_bfloat16(tiny):
+    """As evaluate.py and sample.py read a checkpoint on a GPU: the compressor in bfloat16, too."""
+    model = build(tiny("llama"), POINTER).eval()
+    torch.nn.init.normal_(model.compressor.point), torch.nn.init.normal_(model.compressor.point_bias, std=0.1)
+    x = [EXAMPLES[0]["query"]], [EXAMPLES[0]["documents"]]
+    want = model.compress(*x)[0]
+    got = model.bfloat16().compress(*x)[0]
+    torch.testing.assert_close(got.float(), want, rtol=0, atol=0.1 * want.abs().max().item())
