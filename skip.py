@@ -9,8 +9,9 @@ to which the layers learn to add:
     memory      mean(a b c d) + what the layers make of MEM_1, mean(e f g h) + what they make of MEM_2
 
 What the layers of a small model make, alone, is read late and little (docs/ladder.md): their hidden states lie far
-from the generator's embeddings and close to one another. Nor do they soon learn to add anything to a mean. Sooner they
-learn which tokens of its slice a mean should be made of: PointerNLayersCompressor. (Our own, not the paper's.)
+from the generator's embeddings and close to one another. Within some thousand examples they add nothing to a mean
+either. What such a run does learn is which tokens the means should be made of, whatever the passage:
+PointerNLayersCompressor. (Our own, not the paper's.)
 """
 
 import torch
@@ -76,10 +77,10 @@ class PointerNLayersCompressor(SkipNLayersCompressor):
     def means(self, h, x, mask):
         """See SkipNLayersCompressor."""
         l, d = h.shape[2:]
-        # Adam moves all weights alike: by 1 / d those of the matrix move a product about as much as the bias, and by 4
-        # both soon enough (docs/ladder.md)
+        # A step of Adam moves every parameter by about the learning rate. 1 / d makes a step of the matrix change a
+        # product about as much as one of the bias; with the factor 4 both learn sooner (docs/ladder.md).
         pointers = 4 * (h @ self.point.float() / d + self.point_bias)  # (B, k, l, d)
-        products = F.rms_norm(x.float(), (d,)) @ pointers.float().transpose(-1, -2)  # (B, k, D, l)
+        products = F.rms_norm(x.float(), (d,)) @ pointers.transpose(-1, -2)  # (B, k, D, l)
         belongs = in_slices(mask, l)
         weights = products.masked_fill(~belongs, torch.finfo(products.dtype).min).softmax(-2) * belongs
         return weights.to(x.dtype).transpose(-1, -2) @ x
