@@ -18,6 +18,9 @@ from types import ModuleType
 
 import torch
 
+# huge pages, with which a training step on a CPU takes up to a tenth less time; torch reads it at its first tensor
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 def fail(message):
     """Bad input: one clear line on stderr, exit status 1."""
