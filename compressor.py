@@ -35,7 +35,8 @@ from packed import only_memory
 
 class Compressor(nn.Module):
     """A compressor: one of your own is a subclass with these three methods, and compressor_type its module and class,
-    such as mean_pooling.MeanPooling (docs/mean_pooling.py is a whole one)."""
+    such as mean_pooling.MeanPooling (docs/mean_pooling.py is a whole one). With a fourth, auxiliary_loss(), it has a
+    loss of its own (skip.py)."""
 
     def __init__(self, config, generator):
         """config: a ScaleDownConfig; generator: the frozen causal LM."""
@@ -117,10 +118,10 @@ class BackboneCompressor(Compressor):
         return self.projection(h[:, :, :self.config.num_memory_tokens]), scores
 
     def read(self, learned, **batch):
-        return (self.read_packed if self.packed else self.read_rows)(learned, **batch)
+        return (self.read_packed if self.packed else self.read_rows)(learned, **batch)[:, :, -len(learned):]
 
     def read_packed(self, learned, query_ids, query_mask, doc_ids, doc_mask):
-        """(n, hidden), (B, Q), (B, Q), (B, k, D), (B, k, D) -> hidden states at MEM and RR (B, k, n, hidden)"""
+        """(n, hidden), (B, Q), (B, Q), (B, k, D), (B, k, D) -> hidden states of the blocks (B, k, D + n, hidden)"""
         (B, k, D), Q, n = doc_ids.shape, query_ids.shape[1], len(learned)
         embed = self.backbone.get_input_embeddings()
         blocks = torch.cat([embed(doc_ids), learned.expand(B, k, -1, -1)], dim=2)  # (B, k, S, hidden), S = D + n
@@ -137,16 +138,16 @@ class BackboneCompressor(Compressor):
         query = query_mask[:, None, None].expand(B, k, D + n, Q)
         mask = torch.cat([query, block], dim=3).flatten(0, 1)[:, None]  # (B * k, 1, S, Q + S), see packed.py
         h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state
-        return h[:, Q:].unflatten(1, (k, D + n))[:, :, D:]
+        return h[:, Q:].unflatten(1, (k, D + n))
 
     def read_rows(self, learned, ids, mask):
-        """(n, hidden), (B, k, T), (B, k, T) -> hidden states at MEM and RR (B, k, n, hidden)"""
+        """(n, hidden), (B, k, T), (B, k, T) -> hidden states of the rows (B, k, T + n, hidden)"""
         B, k, T = ids.shape
         x = torch.cat([self.backbone.get_input_embeddings()(ids), learned.expand(B, k, -1, -1)], dim=2).flatten(0, 1)
         mask = F.pad(mask, (0, len(learned)), value=True).flatten(0, 1)  # (B * k, T + n)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0) + self.first_position
         h = self.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state
-        return h[:, T:].unflatten(0, (B, k))
+        return h.unflatten(0, (B, k))
 
 
 class NLayersCompressor(BackboneCompressor):

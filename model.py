@@ -176,7 +176,8 @@ class ScaleDown(nn.Module):
 
     def forward(self, batch, num_answer_tokens=None, num_queries=None):
         """The loss (paper, section 3): cross-entropy on the teacher's answer tokens, their mean, plus, when reranking,
-        rerank_lambda * the sum over documents of (score - teacher's score)^2, its mean over queries.
+        rerank_lambda * the sum over documents of (score - teacher's score)^2, its mean over queries. A compressor may
+        add a loss of its own.
 
         num_answer_tokens, num_queries: what to divide the sums by, where the batch is a part of a larger one (gradient
         accumulation, several processes); the batch's own counts by default.
@@ -192,10 +193,11 @@ class ScaleDown(nn.Module):
         logits = generate.last_logits(self.generator, x, mask, labels.shape[1] + 1)[:, :-1]  # (B, A, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         loss = loss / ((labels != -100).sum() if num_answer_tokens is None else num_answer_tokens)
-        parts = {"generation": loss.detach()}
+        parts, num_queries = {"generation": loss.detach()}, num_queries or len(labels)
+        if hasattr(self.compressor, "auxiliary_loss"):
+            loss = loss + self.compressor.auxiliary_loss(batch) / num_queries
         if self.config.enable_reranking:
-            error = ((scores.float() - batch["scores"]) ** 2 * batch["present"]).sum()
-            error = error / (len(labels) if num_queries is None else num_queries)
+            error = ((scores.float() - batch["scores"]) ** 2 * batch["present"]).sum() / num_queries
             parts["reranking"] = error.detach()
             loss = loss + self.config.rerank_lambda * error
         return loss, parts

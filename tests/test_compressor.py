@@ -231,7 +231,7 @@ def test_the_projection_begins_as_an_isometry(tiny, d):
     c.scale.data *= 2
     torch.testing.assert_close(c(**c.tokenize(QUERIES, DOCUMENTS, k=4))[0], 2 * memory)
     ids = c.tokenize(QUERIES, DOCUMENTS, k=4)
-    h = c.read_rows(c.learned_tokens(), **ids)  # (2, 4, 3, 32)
+    h = c.read(c.learned_tokens(), **ids)  # (2, 4, 3, 32)
     torch.testing.assert_close(memory, 0.25 * c.projection(h))
 
 

@@ -49,7 +49,7 @@ def separate(c, queries, documents):
             (start,), (rest,) = c.layout.rows([query], [[text]])
             read.append(start + rest)
             ids, mask = left_pad([start + rest])
-            memory.append(c.read_rows(c.learned_tokens(), ids[None], mask[None])[0, 0])
+            memory.append(c.read_rows(c.learned_tokens(), ids[None], mask[None])[0, 0, -len(c.learned_tokens()):])
     return read, c.projection(torch.stack(memory))
 
 

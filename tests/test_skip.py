@@ -1,15 +1,14 @@
-"""skip.py: means and weighted means by a loop over slices, what memory begins as, and batches of other shapes."""
+"""skip.py: means, selected tokens and their loss by loops, what memory begins as, and batches of other shapes."""
 
 import pytest
 import torch
 from conftest import EXAMPLES
 
-from compressor import NLayersCompressor
 from model import ScaleDown, ScaleDownConfig
-from pretrained import embedding_std
+from pretrained import embedding_std, first_layers
 from skip import slice_means
 
-SKIP, POINTER = "skip.SkipNLayersCompressor", "skip.PointerNLayersCompressor"
+SKIP, SELECT = "skip.SkipNLayersCompressor", "skip.SelectNLayersCompressor"
 
 
 def build(folder, compressor=SKIP, **settings):
@@ -51,58 +50,74 @@ def test_memory_begins_as_the_means_and_learns(tiny):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in c.parameters() if p.requires_grad)
 
 
-def test_pointers_begin_by_weighing_all_tokens_alike_and_learn(tiny):
-    x = [EXAMPLES[0]["query"]], [EXAMPLES[0]["documents"]]
-    skip, pointer = (build(tiny("llama"), name).eval() for name in (SKIP, POINTER))
-    torch.testing.assert_close(pointer.compress(*x)[0], skip.compress(*x)[0])
-    loss, _ = pointer(pointer.collate(EXAMPLES))
-    loss.backward()
-    c = pointer.compressor
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in c.parameters() if p.requires_grad)
-
-
-def test_weighted_means_are_those_of_a_loop(tiny):
-    """Random pointers, five memory tokens, and a document of fewer tokens, by a softmax over each slice on its own."""
-    c = build(tiny("llama"), POINTER, num_memory_tokens=5).eval().requires_grad_(False).compressor
-    d = c.point.shape[0]
-    c.point.normal_(), c.point_bias.normal_(std=0.1)
+def test_selected_tokens_are_those_of_a_loop(tiny):
+    """A random vector of scores, five memory tokens, documents of more and of fewer tokens and one that is missing."""
+    c = build(tiny("llama"), SELECT, num_memory_tokens=5).eval().requires_grad_(False).compressor
+    c.select.normal_()
     batch = c.tokenize(["where is it"], [["one two three, four of the five and six", "one"]], 3)
     memory, _ = c(**batch)
-    h, _ = NLayersCompressor.forward(c, **batch)
     assert batch["doc_mask"].sum(-1)[0, 0] > 5 > batch["doc_mask"].sum(-1)[0, 1]
     unit = lambda t: t / (t.pow(2).mean() + torch.finfo(t.dtype).eps).sqrt()
+    embed, query = c.backbone.get_input_embeddings(), batch["query_ids"][0]
     for k in range(3):
         ids = batch["doc_ids"][0, k][batch["doc_mask"][0, k]]
-        for i in range(5):
-            part = [c.backbone.get_input_embeddings().weight[t] for j, t in enumerate(ids) if j * 5 // len(ids) == i]
-            made = unit(h[0, k, i])
-            pointer = 4 * (c.point.T @ made / d + c.point_bias)
-            weights = torch.tensor([unit(t) @ pointer for t in part]).softmax(0)
-            mean = sum((w * t for w, t in zip(weights, part)), torch.zeros(d))
-            torch.testing.assert_close(memory[0, k, i], c.generator_std * (unit(mean) + 0.1 * made))
-            assert len(part) < 2 or weights.max() > 1.01 / len(part)  # not the plain mean
+        # a pass of its own, by a model that has not been told to give MEM alone
+        x = torch.cat([embed(query), embed(ids), c.memory_tokens])[None]
+        plain = first_layers(tiny("llama"), 2, c.config.compressor_norm)
+        h = plain.eval()(inputs_embeds=x).last_hidden_state[0, len(query):].detach()
+        scores = [(score.item(), i) for i, score in enumerate(h[:len(ids)] @ c.select)]
+        best = [embed(ids[i]) for i in sorted(i for _, i in sorted(scores)[-5:])]
+        want = torch.stack([torch.zeros(len(c.select))] * (5 - len(best)) + best)
+        for got, token, made in zip(memory[0, k], want, h[len(ids):]):
+            torch.testing.assert_close(got, c.generator_std * (unit(token) + 0.1 * unit(made)))
 
 
-@pytest.mark.parametrize("compressor", [SKIP, POINTER])
+def test_auxiliary_loss_is_that_of_a_loop(tiny):
+    """Tokens that differ by case or a space are the same; a token that occurs twice counts half each time."""
+    model = build(tiny("llama"), SELECT).eval()
+    torch.nn.init.normal_(model.compressor.select)
+    examples = [dict(query="who", documents=["the red fox and the dog", "a red one"], answer="The dog, red"),
+                dict(query="who", documents=["one two"], answer="9")]
+    batch, spell = model.collate(examples), lambda i: model.tokenizer.decode([i]).strip().lower()
+    model.compressor.same[0] = model.compressor.same[model.tokenizer.convert_tokens_to_ids("o")]  # padding's id
+    loss, parts = model(batch)
+    want = 0.0
+    for b in range(2):
+        scores, words = [], []
+        for k in range(2):
+            there = batch["compressor"]["doc_mask"][b, k]
+            scores += model.compressor.scores[b, k][there].tolist()
+            words += map(spell, batch["compressor"]["doc_ids"][b, k][there].tolist())
+        logs = torch.tensor(scores).log_softmax(0)
+        answer = [spell(i) for i in batch["labels"][b].tolist() if i >= 0]
+        found = [sum(logs[i] for i, w in enumerate(words) if w == a) / words.count(a) for a in answer if a in words]
+        want -= sum(found) / max(1, len(found))
+    assert want > 0
+    torch.testing.assert_close(loss - parts["generation"], want / 2, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.compressor.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("compressor", [SKIP, SELECT])
 def test_the_largest_shape_means_the_same(tiny, compressor):
     model = build(tiny("llama"), compressor).eval()
-    if compressor == POINTER:
-        torch.nn.init.normal_(model.compressor.point_bias)
+    if compressor == SELECT:
+        torch.nn.init.normal_(model.compressor.select)
     loss = [model(model.collate(EXAMPLES, 3, fixed))[0].item() for fixed in (False, True)]
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)
 
 
 def test_what_cannot_be_packed_is_refused(tiny):
-    for compressor in SKIP, POINTER:
+    for compressor in SKIP, SELECT:
         with pytest.raises(ValueError, match=f"cannot be read packed, which {compressor[5:]} needs"):
             build(tiny("gemma3"), compressor, doc_tokens=300)  # longer than its window
 
 
 def test_answers_in_bfloat16(tiny):
     """As evaluate.py and sample.py read a checkpoint on a GPU: the compressor in bfloat16, too."""
-    model = build(tiny("llama"), POINTER).eval()
-    torch.nn.init.normal_(model.compressor.point), torch.nn.init.normal_(model.compressor.point_bias, std=0.1)
     x = [EXAMPLES[0]["query"]], [EXAMPLES[0]["documents"]]
+    model = build(tiny("llama")).eval()
     want = model.compress(*x)[0]
     got = model.bfloat16().compress(*x)[0]
     torch.testing.assert_close(got.float(), want, rtol=0, atol=0.1 * want.abs().max().item())
+    assert build(tiny("llama"), SELECT).bfloat16().compress(*x)[0].isfinite().all()  # rounding may select others
