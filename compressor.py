@@ -34,9 +34,8 @@ from packed import only_memory
 
 
 class Compressor(nn.Module):
-    """A compressor: one of your own is a subclass with these three methods, and compressor_type its module and class,
-    such as mean_pooling.MeanPooling (docs/mean_pooling.py is a whole one). With a fourth, auxiliary_loss(), it has a
-    loss of its own (skip.py)."""
+    """What compressor_type=module.Class names (docs/mean_pooling.py is a whole one): a subclass with these three methods
+    and, if it has a loss of its own, a fourth, auxiliary_loss() (skip.py)."""
 
     def __init__(self, config, generator):
         """config: a ScaleDownConfig; generator: the frozen causal LM."""
@@ -94,16 +93,15 @@ class BackboneCompressor(Compressor):
 
     def tokenize(self, queries, documents, k, fixed=False):
         """See Compressor."""
-        B = len(queries)
         queries, docs = self.layout.rows(queries, [texts + [""] * (k - len(texts)) for texts in documents])
         if not self.packed:
             rows = [queries[i // k] + d for i, d in enumerate(docs)]
             ids, mask = left_pad(rows, self.layout.longest if fixed else 1)
-            return dict(ids=ids.view(B, k, -1), mask=mask.view(B, k, -1))  # (B, k, T)
+            return dict(ids=ids.unflatten(0, (-1, k)), mask=mask.unflatten(0, (-1, k)))  # (B, k, T)
         query_ids, query_mask = left_pad(queries, self.layout.longest_query if fixed else 1)
         doc_ids, doc_mask = left_pad(docs, self.layout.longest_document if fixed else 1)
         return dict(query_ids=query_ids, query_mask=query_mask,  # (B, Q)
-                    doc_ids=doc_ids.view(B, k, -1), doc_mask=doc_mask.view(B, k, -1))  # (B, k, D)
+                    doc_ids=doc_ids.unflatten(0, (-1, k)), doc_mask=doc_mask.unflatten(0, (-1, k)))  # (B, k, D)
 
     def learned_tokens(self):
         """MEM_1 .. MEM_l and, when reranking, RR: (n, hidden), n = l [+ 1]."""

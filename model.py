@@ -176,8 +176,7 @@ class ScaleDown(nn.Module):
 
     def forward(self, batch, num_answer_tokens=None, num_queries=None):
         """The loss (paper, section 3): cross-entropy on the teacher's answer tokens, their mean, plus, when reranking,
-        rerank_lambda * the sum over documents of (score - teacher's score)^2, its mean over queries. A compressor may
-        add a loss of its own.
+        rerank_lambda * the sum over documents of (score - teacher's score)^2, its mean over queries.
 
         num_answer_tokens, num_queries: what to divide the sums by, where the batch is a part of a larger one (gradient
         accumulation, several processes); the batch's own counts by default.
@@ -194,7 +193,7 @@ class ScaleDown(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         loss = loss / ((labels != -100).sum() if num_answer_tokens is None else num_answer_tokens)
         parts, num_queries = {"generation": loss.detach()}, num_queries or len(labels)
-        if hasattr(self.compressor, "auxiliary_loss"):
+        if hasattr(self.compressor, "auxiliary_loss"):  # not in OSCAR: see skip.py
             loss = loss + self.compressor.auxiliary_loss(batch) / num_queries
         if self.config.enable_reranking:
             error = ((scores.float() - batch["scores"]) ** 2 * batch["present"]).sum() / num_queries
