@@ -34,7 +34,7 @@ from packed import only_memory
 
 
 class Compressor(nn.Module):
-    """What compressor_type=module.Class names (docs/mean_pooling.py is a whole one): a subclass with these three methods
+    """What compressor_type=module.Class names (docs/mean_pooling.py is one): a subclass with these three methods
     and, if it has a loss of its own, a fourth, auxiliary_loss() (skip.py)."""
 
     def __init__(self, config, generator):
