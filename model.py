@@ -86,6 +86,8 @@ class ScaleDown(nn.Module):
         self.use_prompt(kept_prompt or self.template_prompt)
         self.compressor = (compressor_class(c.compressor_type)(c, self.generator) if c.mode == "compressed" else
                            nn.Module())  # nothing to train or to save
+        self.loss_parts = ["generation"] + ["auxiliary"] * hasattr(self.compressor, "auxiliary_loss")
+        self.loss_parts += ["reranking"] * c.enable_reranking  # auxiliary: a compressor's own, see skip.py
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, embed.embedding_dim),  # between two documents
                                 requires_grad=c.mode == "compressed")
         self.decoder = generate.Decoder(self.generator, len(self.tokenizer))
@@ -180,7 +182,7 @@ class ScaleDown(nn.Module):
 
         num_answer_tokens, num_queries: what to divide the sums by, where the batch is a part of a larger one (gradient
         accumulation, several processes); the batch's own counts by default.
-        Returns loss, {"generation": .., "reranking": ..} (the second only when reranking, before lambda).
+        Returns loss, {"generation": .., "reranking": ..}: its parts, those of self.loss_parts, before lambda.
         """
         labels = batch["labels"]  # (B, A), -100 = padding
         if self.config.mode == "compressed":
@@ -191,15 +193,15 @@ class ScaleDown(nn.Module):
         # the answer stands at the last A positions; each token is predicted from the position before it
         logits = generate.last_logits(self.generator, x, mask, labels.shape[1] + 1)[:, :-1]  # (B, A, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        loss = loss / ((labels != -100).sum() if num_answer_tokens is None else num_answer_tokens)
-        parts, num_queries = {"generation": loss.detach()}, num_queries or len(labels)
-        if hasattr(self.compressor, "auxiliary_loss"):  # not in OSCAR: see skip.py
-            loss = loss + self.compressor.auxiliary_loss(batch) / num_queries
+        parts = {"generation": loss / ((labels != -100).sum() if num_answer_tokens is None else num_answer_tokens)}
+        num_queries = num_queries or len(labels)
+        if "auxiliary" in self.loss_parts:
+            parts["auxiliary"] = self.compressor.auxiliary_loss(batch) / num_queries
         if self.config.enable_reranking:
-            error = ((scores.float() - batch["scores"]) ** 2 * batch["present"]).sum() / num_queries
-            parts["reranking"] = error.detach()
-            loss = loss + self.config.rerank_lambda * error
-        return loss, parts
+            errors = (scores.float() - batch["scores"]) ** 2 * batch["present"]
+            parts["reranking"] = errors.sum() / num_queries
+        loss = parts["generation"] + parts.get("auxiliary", 0) + self.config.rerank_lambda * parts.get("reranking", 0)
+        return loss, {name: part.detach() for name, part in parts.items()}
 
     # ---- inference
 

@@ -72,7 +72,7 @@ class SelectNLayersCompressor(SkipNLayersCompressor):
     def __init__(self, config, generator):
         super().__init__(config, generator)
         del decoder_layers(self.backbone)[-1].forward  # only_memory()'s: the document's hidden states are read, too
-        self.select = nn.Parameter(torch.zeros(self.skip_gain.shape[1]))
+        self.select = nn.Parameter(0.01 * torch.randn(self.skip_gain.shape[1]))  # of zeros all scores would be equal
         texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         first = {}  # of the tokens that differ by case or spaces alone; a part of a character is only itself
         same = [first.setdefault(i if "\ufffd" in text else text.strip().lower(), i) for i, text in enumerate(texts)]

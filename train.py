@@ -179,7 +179,7 @@ optimizer = model.configure_optimizers(generator_lr, compressor_lr, weight_decay
                                        capturable=xla)
 base_lrs = [group["lr"] for group in optimizer.param_groups]
 parameters = [p for p in model.parameters() if p.requires_grad]
-step_losses = distributed.StepLosses(["loss", "generation", "reranking"][:2 + enable_reranking], processes)
+step_losses = distributed.StepLosses(["loss", *model.loss_parts], processes)
 step = checkpoints.step = state["step"]
 if resuming:
     distributed.load_optimizer_state(model, optimizer, state.pop("optimizer"))
@@ -210,7 +210,7 @@ def lr_factor(step):
 def evaluate():
     """Validation loss, the same with documents of other questions (where the two are equal nothing is read), and scores
     of greedy answers, over all processes; None when a signal came in between."""
-    sums = dict.fromkeys(("generation", "reranking", "shuffled", "tokens", "em", "f1", "match", "samples"), 0.0)
+    sums = dict.fromkeys((*model.loss_parts, "shuffled", "tokens", "em", "f1", "match", "samples"), 0.0)
     model.eval()
     stride = batch_size * world
     slices = [(examples, i) for examples in (val_examples, strangers) for i in range(0, len(examples), stride)]
@@ -247,11 +247,9 @@ def evaluate():
         return None
     sums = dict(zip(sums, host_sum(list(sums.values())).tolist()))
     n = len(val_examples)
-    result = {"val_loss": sums["generation"] / sums["tokens"] + rerank_lambda * sums["reranking"] / n}
-    if strangers:
-        result["val_loss_shuffled"] = sums["shuffled"] / sums["tokens"]
-    if enable_reranking:
-        result["val_reranking"] = sums["reranking"] / n
+    result = {"val_loss": sums["generation"] / sums["tokens"] + rerank_lambda * sums.get("reranking", 0) / n}
+    result |= {"val_loss_shuffled": sums["shuffled"] / sums["tokens"]} if strangers else {}
+    result |= {f"val_{name}": sums[name] / n for name in model.loss_parts[1:]}
     return result | {name: sums[name] / sums["samples"] for name in ("em", "f1", "match") if sums["samples"]}
 
 

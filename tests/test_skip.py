@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import EXAMPLES, curve, run, torchrun
 
 from model import ScaleDown, ScaleDownConfig
 from pretrained import embedding_std, first_layers
@@ -94,8 +94,24 @@ def test_auxiliary_loss_is_that_of_a_loop(tiny):
         want -= sum(found) / max(1, len(found))
     assert want > 0
     torch.testing.assert_close(loss - parts["generation"], want / 2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts["auxiliary"], want / 2)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.compressor.parameters() if p.requires_grad)
+
+
+def test_the_log_has_the_auxiliary_loss_and_two_processes_share_it_out(job, tmp_path):
+    args = [*job[0], f"--compressor_type={SELECT}", "--max_iters=4", "--eval_interval=4", "--lora_dropout=0.0"]
+    run("train.py", *args, f"--out_dir={tmp_path}/one")
+    torchrun(2, "train.py", *args, f"--out_dir={tmp_path}/two")
+    one, two = curve(f"{tmp_path}/one"), curve(f"{tmp_path}/two")
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+        if "loss" in a:
+            assert a["auxiliary"] > 0.1
+            assert a["loss"] == pytest.approx(a["generation"] + a["auxiliary"] + 0.05 * a["reranking"], rel=1e-5)
+    model = ScaleDown.from_pretrained(f"{tmp_path}/one/last")
+    parts = [model(model.collate([EXAMPLES[i % 3]], 3))[1]["auxiliary"].item() for i in range(5)]
+    assert one[-1]["val_auxiliary"] == pytest.approx(sum(parts) / 5, rel=1e-4)
 
 
 @pytest.mark.parametrize("compressor", [SKIP, SELECT])
