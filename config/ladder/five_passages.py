@@ -2,6 +2,7 @@
 train_data = "data/wiki_train/train.jsonl"
 val_data = "data/ladder/five.dev.jsonl"
 generator = "smollm2"
+compressor_type = "skip.SkipNLayersCompressor"  # means, as in most of the tables
 device = "cpu"
 query_tokens = 48
 answer_tokens = 32

@@ -2,6 +2,7 @@
 train_data = "data/ladder/mixed/train.jsonl"
 val_data = "data/ladder/gold.dev.jsonl"
 generator = "smollm2"
+compressor_type = "skip.SkipNLayersCompressor"  # means, as in most of the tables
 num_documents = 1
 query_tokens = 48
 answer_tokens = 32

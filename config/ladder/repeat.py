@@ -1,5 +1,6 @@
 # after config/smollm.py: repeat a chunk of text from its memory alone (docs/ladder.md)
 generator = "smollm2"
+compressor_type = "skip.SkipNLayersCompressor"  # means, as in most of the tables
 device = "cpu"
 num_documents = 1
 query_tokens = 8
