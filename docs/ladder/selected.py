@@ -1,6 +1,7 @@
 """
 Do the selected tokens depend on the question? Of the first 128 dev questions the loss, and, of an answer's tokens that
-stand in the passage, the share that is selected, where the compressor reads the question and where it reads another.
+stand in the passage, the share that is selected: where the compressor reads the question, where it reads another, and
+with the embeddings of the selected tokens alone, without what the layers make.
 
     PYTHONPATH=. python docs/ladder/selected.py out/select32_seed2/last
 """
@@ -16,7 +17,8 @@ with open("data/ladder/gold.dev.jsonl") as f:
     examples = [json.loads(line) for line in f][:128]
 model = ScaleDown.from_pretrained(sys.argv[1])
 c, l = model.compressor, model.config.num_memory_tokens
-for name, shift in (("its question", 0), ("another question", 1)):
+for name, shift, gain in (("its question", 0, 1), ("another question", 1, 1), ("its question, embeddings alone", 0, 0)):
+    c.layers_gain.data *= gain
     loss = tokens = share = answers = 0
     for i in range(0, 128, 32):
         batch = model.collate(examples[i:i + 32], 1)
