@@ -10,8 +10,8 @@ The first N layers with a skip connection: what the layers make is added to embe
 with MEM_i for what the layers make of it. Alone, that is read late and little in a small model (docs/ladder.md): hidden
 states lie far from the generator's embeddings and close to one another. Added to means of slices or to selected tokens
 it gives nothing within some thousand examples either: what is read is the mean or the token. Which tokens to keep the
-layers do learn in that time, if told which tokens the answer is made of. (Our own, not the paper's. LLMLingua-2, arXiv 2403.12968, and Provence,
-arXiv 2501.16214, train a model to classify tokens, and cut the text for an LLM by it.)
+layers do learn in that time, if told which tokens the answer is made of. (Our own, not the paper's. LLMLingua-2, arXiv
+2403.12968, and Provence, arXiv 2501.16214, train a model to classify tokens, and cut the text for an LLM by it.)
 """
 
 import torch
