@@ -86,8 +86,8 @@ class ScaleDown(nn.Module):
         self.use_prompt(kept_prompt or self.template_prompt)
         self.compressor = (compressor_class(c.compressor_type)(c, self.generator) if c.mode == "compressed" else
                            nn.Module())  # nothing to train or to save
-        self.loss_parts = ["generation"] + ["auxiliary"] * hasattr(self.compressor, "auxiliary_loss")
-        self.loss_parts += ["reranking"] * c.enable_reranking  # auxiliary: a compressor's own, see skip.py
+        self.loss_parts = ["generation"] + ["auxiliary"] * hasattr(self.compressor, "auxiliary_loss")  # see skip.py
+        self.loss_parts += ["reranking"] * c.enable_reranking
         self.sep = nn.Parameter(embedding_std(embed) * torch.randn(1, embed.embedding_dim),  # between two documents
                                 requires_grad=c.mode == "compressed")
         self.decoder = generate.Decoder(self.generator, len(self.tokenizer))
@@ -182,8 +182,7 @@ class ScaleDown(nn.Module):
 
         num_answer_tokens, num_queries: what to divide the sums by, where the batch is a part of a larger one (gradient
         accumulation, several processes); the batch's own counts by default.
-        Returns loss, {"generation": .., "reranking": ..}: its parts, those of self.loss_parts, before lambda.
-        """
+        Returns loss, {"generation": .., "reranking": ..}: its parts, those of self.loss_parts, before lambda."""
         labels = batch["labels"]  # (B, A), -100 = padding
         if self.config.mode == "compressed":
             memory, scores = self.compressor(**batch["compressor"])
@@ -252,8 +251,7 @@ class ScaleDown(nn.Module):
         config.mode, fine-tuned; full (the same prompt with the documents' text, adapter off: the plain LLM); none (no
         documents, adapter off). temperature 0 is greedy; top_k 0 samples from all tokens. max_new_tokens: answer_tokens
         by default. Raises ValueError for an empty query, for no documents (unless they are not read) and for more
-        positions than the generator has.
-        """
+        positions than the generator has."""
         mode = mode or self.modes[0]
         if mode not in self.modes:
             raise ValueError(f"mode is {', '.join(self.modes[:-1])} or {self.modes[-1]}, not '{mode}'")

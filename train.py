@@ -248,8 +248,10 @@ def evaluate():
     sums = dict(zip(sums, host_sum(list(sums.values())).tolist()))
     n = len(val_examples)
     result = {"val_loss": sums["generation"] / sums["tokens"] + rerank_lambda * sums.get("reranking", 0) / n}
-    result |= {"val_loss_shuffled": sums["shuffled"] / sums["tokens"]} if strangers else {}
-    result |= {f"val_{name}": sums[name] / n for name in model.loss_parts[1:]}
+    if strangers:
+        result["val_loss_shuffled"] = sums["shuffled"] / sums["tokens"]
+    for name in model.loss_parts[1:]:
+        result[f"val_{name}"] = sums[name] / n
     return result | {name: sums[name] / sums["samples"] for name in ("em", "f1", "match") if sums["samples"]}
 
 
